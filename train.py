@@ -1,0 +1,509 @@
+"""SafeDiffusion-R1 (arXiv 2605.18719): online GRPO on DDIM rollouts, rewarded by a frozen CLIP steered towards safety.
+
+    python train.py @toy/train.args                        # a laptop: the toy world, minutes
+    python train.py --lora 16 --gradient-checkpointing --batch 4     # one GPU of 24 GB
+    torchrun --nproc_per_node 8 train.py                   # the paper's run: Stable Diffusion v1.4, HPSv2.1, 300 epochs
+    python train.py @toy/train.args --resume               # go on where a run in --out stopped
+
+An epoch is: prompts -> rollout (G images each) -> decode -> reward -> group advantages -> updates -> log, save.
+Left out on purpose: a value network (the group's mean is the baseline), entropy bonus, an EMA of the weights, a learning-rate
+schedule, prompts' curricula, loggers. OUT gets args.json, metrics.jsonl, curve.png, grid-N.png and checkpoint-N/ (a pipeline folder).
+"""
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from reward import Embedder, add_reward_flags, direction_from, read_anchors, reward, steered_targets, text_safety
+from sample import (ddim_mean, ddim_schedule, device_of_rank, fail, load_pipeline, log_prob, model_path, noise_for,
+                    predict_noise, read_rows, rollout)
+
+
+# ----------------------------------------------------------------------------- GRPO in four functions
+
+def group_advantages(rewards, clip):
+    """A_i = (r_i - mean) / std within each group, clipped to +-clip: rewards [P, G] -> (advantages [P, G], live [P]).
+    A group without spread (std < 1e-6: its images are the same to the reward) teaches nothing: advantage 0, live False."""
+    std = rewards.std(dim=1, correction=0, keepdim=True)
+    live = std[:, 0] > 1e-6
+    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (std + 1e-8)  # delta only keeps 0 / 0 away
+    return (advantages * live[:, None]).clamp(-clip, clip), live
+
+
+def surrogate(log_ratio, advantages, clip):
+    """PPO's clipped objective, to be maximised: min(rho A, clip(rho, 1 - eps, 1 + eps) A) per (sample, timestep) pair [B]."""
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def kl_k3(log_ratio):
+    """Schulman's estimator of KL(old || new) from samples of old: (rho - 1) - log rho >= 0."""
+    return log_ratio.expm1() - log_ratio
+
+
+def kl_gaussian(mean, reference_mean, sigma):
+    """KL of two DDIM steps with the same sigma [B], in closed form: |mu - mu_ref|^2 / (2 sigma^2), the mean over dimensions."""
+    return ((mean - reference_mean) ** 2).mean(dim=(1, 2, 3)) / (2 * sigma**2)
+
+
+# ----------------------------------------------------------------------------- which prompts, which pairs
+
+def draw_prompts(counts, weights, n, seed, epoch):
+    """n (source, row) pairs of an epoch, a function of (seed, epoch) alone: sources by systematic sampling of the weights (0.5 / 0.5
+    gives half and half), rows without replacement where a source has enough."""
+    rng = np.random.default_rng([seed, epoch])
+    sources = np.searchsorted(np.cumsum(weights), (np.arange(n) + rng.random()) / n, side="right").clip(max=len(weights) - 1)
+    rows = np.empty(n, int)
+    for s in np.unique(sources):
+        k = (sources == s).sum()
+        rows[sources == s] = rng.choice(counts[s], k, replace=k > counts[s])
+    return list(zip(sources.tolist(), rows.tolist()))
+
+
+def pairs_of_updates(samples, timesteps, updates, seed, epoch):
+    """Deals all (sample, timestep) pairs out to the updates: [updates, pairs, 2], first column the position in `samples`.
+
+    Each sample's timesteps are shuffled by (seed, epoch, global index), then dealt in turn. So every update sees every sample and
+    all noise levels, and which pair goes where depends neither on the number of ranks nor on the micro-batch."""
+    dealt = [[] for _ in range(updates)]
+    for position, s in enumerate(samples):
+        for j, t in enumerate(np.random.default_rng([seed, epoch, s, 1]).permutation(timesteps)):
+            dealt[(s * timesteps + j) % updates].append((position, int(t)))
+    return torch.tensor(dealt)
+
+
+# ----------------------------------------------------------------------------- arguments
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    add = parser.add_argument
+    add("--model", default="CompVis/stable-diffusion-v1-4", help="diffusers Stable Diffusion pipeline: hub id or folder")
+    add("--subfolder", help="folder inside --model that holds the pipeline")
+    add_reward_flags(parser)
+    add("--prompts", nargs="+", default=["prompts/nudity.txt:0.5", "prompts/compositional.txt:0.5"], metavar="FILE[:WEIGHT]",
+        help="training prompts (.txt, .csv, .jsonl) and each file's share of the groups; no weights: equal shares")
+    add("--prompts-per-epoch", type=int, default=32, help="groups per epoch over all ranks (the paper: 4 per GPU on 8)")
+    add("--generations", type=int, default=16, help="G, images per prompt and group")
+    add("--epochs", type=int, default=300, help="rollouts in all")
+    add("--updates", type=int, default=16, help="optimizer steps per rollout, each over its own share of the (sample, timestep) pairs")
+    add("--batch", type=int, default=16, help="(sample, timestep) pairs per UNet forward, in rollout and training alike: memory, not maths")
+    add("--steps", type=int, default=50, help="DDIM steps; all but the last are trained")
+    add("--eta", type=float, default=1.0, help="DDIM's noise; above 0, else there is no density to train")
+    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale in rollout and training; 1 runs no unconditional half")
+    add("--size", type=int, help="pixels (default: the model's own)")
+    add("--shared-noise", action="store_true", help="one initial latent per group (the paper's public code: one per rank)")
+    add("--clip", type=float, default=1e-4, help="clip range of the ratio. The log-prob is a MEAN over the latent's dimensions, so "
+        "1e-4 allows +-1.64 nats of the summed ratio over 4 x 64 x 64")
+    add("--advantage-clip", type=float, default=2.5, help="advantages are clipped to +- this")
+    add("--even-steps", action="store_true", help="divide each step's log-ratio by its gain |d mu / d eps| / sigma relative to the mean step "
+        "(GRPO-Guard's ratio normalisation), else the last steps dominate the gradient")
+    add("--kl", type=float, default=0.01, help="beta, weight of the KL term; 0 leaves it out")
+    add("--kl-to", choices=["old", "ref"], default="old", help="old: k3 to the previous iteration's policy (the paper; 0 with 1 update); "
+        "ref: closed form to the start model")
+    add("--lr", type=float, default=1e-5, help="AdamW's learning rate, constant")
+    add("--weight-decay", type=float, default=1e-4, help="AdamW's weight decay")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--lora", type=int, default=0, metavar="RANK", help="train LoRA adapters of this rank on the attention layers; 0: all weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward: less memory, a third more time")
+    add("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of UNet, VAE and reward; weights, latents, log-probs stay fp32")
+    add("--compile", action="store_true", help="torch.compile the UNet")
+    add("--seed", type=int, default=0, help="of prompts, noise and the order of pairs")
+    add("--save-every", type=int, default=20, help="epochs between checkpoints")
+    add("--eval", metavar="COMMAND", help="run on the start model and on the last checkpoint, {model} replaced by the path")
+    add("--out", default="runs/r1", type=Path, help="folder of the run")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    args = parser.parse_args(argv)
+
+    def need(ok, name, mend):
+        if not ok:
+            fail(f"--{name} {getattr(args, name.replace('-', '_'))}: {mend}")
+    for name in ("prompts-per-epoch", "epochs", "updates", "batch", "save-every"):
+        need(getattr(args, name.replace("-", "_")) >= 1, name, "must be at least 1")
+    need(args.generations >= 2, "generations", "a group needs at least 2 images, its mean is the baseline")
+    need(args.steps >= 2, "steps", "must be at least 2: the last step is not trained")
+    need(0 < args.eta <= 1, "eta", "must be above 0 and at most 1: without noise a step has no density to train")
+    need(args.guidance > 0, "guidance", "must be above 0; 1 means no guidance")
+    need(args.alpha >= 0, "alpha", "must be 0 or more; a negative one would steer towards the unsafe side")
+    for name in ("clip", "advantage-clip", "lr", "grad-clip"):
+        need(0 < getattr(args, name.replace("-", "_")) < math.inf, name, "must be above 0")
+    for name in ("kl", "weight-decay", "lora", "seed"):
+        need(getattr(args, name.replace("-", "_")) >= 0, name, "must be 0 or more")
+    need(args.size is None or args.size > 0 and args.size % 8 == 0, "size", "must be a multiple of 8")
+    pairs = args.prompts_per_epoch * args.generations * (args.steps - 1)
+    need(args.updates <= pairs, "updates", f"there are only {pairs} (sample, timestep) pairs per epoch")
+    return args
+
+
+def read_sources(entries):
+    """--prompts' FILE[:WEIGHT] entries -> (files, their lists of prompts, weights that sum to 1)."""
+    split = [(head, tail) if head and re.fullmatch(r"[-+.\deE]+|nan|inf", tail) else (entry, None)
+             for entry in entries for head, _, tail in [entry.rpartition(":")]]
+    try:
+        weights = [float(w) if w is not None else None for _, w in split]
+    except ValueError:
+        fail(f"--prompts {' '.join(entries)}: a weight is not a number; write FILE:0.5")
+    if all(w is None for w in weights):
+        weights = [1 / len(split)] * len(split)
+    if None in weights or min(weights) < 0 or not abs(sum(weights) - 1) < 1e-6:
+        fail(f"--prompts {' '.join(entries)}: the weights must be given for every file or for none, not be negative, and sum to 1")
+    files = [file for file, _ in split]
+    return files, [[row["prompt"] for row in read_rows(file)] for file in files], weights
+
+
+# ----------------------------------------------------------------------------- a run's folder
+
+def checkpoints(out):
+    """The finished checkpoints of a run, oldest first, as (epochs done, folder)."""
+    found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return sorted(found)
+
+
+def open_run(args, files):
+    """Checks --out and --resume against what is there; returns (start epoch, checkpoint folder or None). Writes nothing."""
+    record = json.loads(json.dumps(vars(args), default=str))
+    record["sha256"] = {str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files}
+    stored = args.out / "args.json"
+    if not args.resume:
+        if args.out.exists() and (not args.out.is_dir() or any(p.name[0] != "." for p in args.out.iterdir())):
+            fail(f"--out {args.out}: exists; " + ("give --resume to continue it, or another folder" if stored.is_file() else "not a run of this program; give another folder"))
+        return record, 0, None
+    if not stored.is_file():
+        fail(f"--resume: --out {args.out} holds no run (no args.json); leave --resume out to start one")
+    old = json.loads(stored.read_text())
+    free = {"epochs", "save_every", "resume", "eval", "out"}  # what may change without changing the run so far
+    for key in sorted((set(old) | set(record)) - free - {"sha256"}):
+        if old.get(key) != record.get(key):
+            fail(f"--resume: --{key.replace('_', '-')} is {record.get(key)} but the run in {args.out} has {old.get(key)}; use the same flags")
+    for file in record["sha256"]:
+        if record["sha256"][file] != old["sha256"].get(file):
+            fail(f"--resume: {file} has changed since the run in {args.out} began; restore it or start a new run")
+    done = [(n, p) for n, p in checkpoints(args.out) if (p / "train_state.pt").is_file()]
+    return record, *(done[-1] if done else (0, None))
+
+
+def save_checkpoint(out, epoch, pipe, optimizer, lora):
+    """Writes OUT/checkpoint-N under a temporary name, then renames it: a kill at any moment leaves the last good one."""
+    final, temporary = out / f"checkpoint-{epoch}", out / f".checkpoint-{epoch}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if lora:
+            from diffusers.utils import convert_state_dict_to_diffusers
+            from peft import get_peft_model_state_dict
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+            pipe.save_lora_weights(temporary, unet_lora_layers=layers)
+        else:
+            pipe.save_pretrained(temporary)
+        trained = {name: p.detach() for name, p in pipe.unet.named_parameters() if p.requires_grad}
+        torch.save({"epoch": epoch, "trained": trained, "optimizer": optimizer.state_dict()}, temporary / "train_state.pt")
+        os.rename(temporary, final)
+    except Exception as e:  # a full disk speaks through OSError, RuntimeError or SafetensorError
+        shutil.rmtree(temporary, ignore_errors=True)
+        good = [p.name for _, p in checkpoints(out)]
+        stop(f"{final} could not be written ({e}); the last good checkpoint is {good[-1] if good else 'none'}")
+    for _, older in checkpoints(out)[:-1]:
+        (older / "train_state.pt").unlink(missing_ok=True)  # twice the weights' size, and only the newest is resumed
+    return final
+
+
+def write(path, text):
+    """Replaces a small file in one step, so that a kill leaves the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def stop(message):
+    """A run that cannot go on: one line on stderr, exit code 1."""
+    print(f"stopped: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def draw_curve(out, names):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for name in names:
+        left.plot(epochs, [row["reward"].get(name, math.nan) for row in rows], label=name)
+    left.set(title="reward (cosine)", xlabel="epoch")
+    left.legend()
+    right.plot(epochs, [row["reward_std"] for row in rows], label="spread within a group")
+    right.plot(epochs, [row["grad_norm"] for row in rows], label="gradient norm")
+    right.set(xlabel="epoch", yscale="log")
+    right.legend()
+    figure.savefig(out / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------- the run
+
+def main(args):
+    rank, world, device = device_of_rank()
+    files, sources, weights = read_sources(args.prompts)
+    names = [Path(file).stem for file in files]
+    read_anchors(args.anchors)
+    record, start_epoch, checkpoint = open_run(args, [*files, args.anchors])
+    path = model_path(args.model, args.subfolder)
+    P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images per group, trained timesteps
+    if P % world or (P // world * G * T) % args.updates:
+        fail(f"--prompts-per-epoch {P} must divide by {world} ranks, and each rank's {P // world * G * T} (sample, timestep) pairs by --updates {args.updates}")
+    mine = range(rank * P // world * G, (rank + 1) * P // world * G)  # this rank's samples, by global index in the epoch
+
+    # models: the policy, its frozen companions, the reward
+    autocast = torch.bfloat16 if args.precision == "bf16" else None
+    pipe = load_pipeline(path).to(device)
+    embedder = Embedder(args.reward, device, autocast)
+    unet, vae = pipe.unet, pipe.vae
+    for module in (unet, vae, pipe.text_encoder):
+        module.requires_grad_(False)
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    reference = copy.deepcopy(unet).to(autocast or torch.float32) if args.kl and args.kl_to == "ref" else None
+    if args.lora:
+        from peft import LoraConfig
+        from diffusers.training_utils import cast_training_params
+        torch.manual_seed(args.seed)  # the adapters' start is the only draw from torch's global generator
+        unet.to(autocast or torch.float32)  # the frozen weights need no master copy
+        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        cast_training_params(unet, torch.float32)
+    else:
+        unet.requires_grad_(True)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()  # Stable Diffusion's UNet has no dropout; gradient checkpointing asks for train mode
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
+    if checkpoint:
+        state = torch.load(checkpoint / "train_state.pt", map_location=device, weights_only=True)
+        unet.load_state_dict(state["trained"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        del state
+    if args.compile:
+        unet.compile()
+    policy = torch.nn.parallel.DistributedDataParallel(unet, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True) if world > 1 else unet
+
+    try:
+        from diffusers import DDIMScheduler
+        schedule = ddim_schedule(DDIMScheduler.from_config(pipe.scheduler.config), args.steps, args.eta, device)
+    except ValueError as e:
+        fail(f"--model {path}: {e}")
+    gain = (schedule.b.abs() / schedule.sigma)[:T]  # |d mu / d eps| / sigma: how far a change of the UNet's output moves the log-ratio
+    gain = gain / gain.mean() if args.even_steps else torch.ones_like(gain)
+    size = args.size or unet.config.sample_size * pipe.vae_scale_factor
+    shape = (unet.config.in_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor)
+    dimensions = math.prod(shape)
+    v = direction_from(args, embedder)
+
+    @torch.no_grad()
+    def encode(prompts):  # [len(prompts), L, D] for the UNet
+        ids = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        return pipe.text_encoder(ids.to(device))[0]
+
+    @torch.no_grad()
+    def decode(latents):  # [B, 3, H, W] in [0, 1]
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            images = vae.decode(latents / vae.config.scaling_factor).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def initial_noise(epoch, samples):
+        noise = noise_for(args.seed, epoch, samples, args.steps, shape)
+        if args.shared_noise:
+            noise[:, 0] = noise_for(args.seed, epoch, [s - s % G for s in samples], 1, shape)[:, 0]
+        return noise.to(device)
+
+    def grid(file):  # the same prompts and noise at every save, below the start model's pictures
+        shown = draw_prompts([len(s) for s in sources], weights, 8, args.seed, 2**31)
+        noise = noise_for(args.seed, 2**31, range(8), args.steps, shape).to(device)
+        text = encode([sources[s][i] for s, i in shown])
+        images = torch.cat([decode(rollout(unet, schedule, text[i:i + args.batch], empty, noise[i:i + args.batch], args.guidance, autocast)[0][:, -1])
+                            for i in range(0, 8, args.batch)])
+        from PIL import Image
+        row = (torch.cat(list(images), dim=2).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+        first = args.out / "grid-0.png"
+        Image.fromarray(np.concatenate([np.asarray(Image.open(first)), row]) if first.exists() else row).save(file)
+
+    def evaluate(model):
+        if args.eval and rank == 0:
+            command = args.eval.replace("{model}", shlex.quote(str(model)))
+            print(f"\n$ {command}", flush=True)
+            subprocess.run(command, shell=True, env={k: e for k, e in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")})
+
+    signals = []
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))  # spot machines: save and stop
+
+    def asked_to_stop():  # any rank's signal is every rank's
+        flag = torch.tensor(len(signals), device=device)
+        if world > 1:
+            dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def save(epochs_done):
+        checkpoint = save_checkpoint(args.out, epochs_done, pipe, optimizer, args.lora)
+        grid(args.out / f"grid-{epochs_done}.png")
+        draw_curve(args.out, names)
+        return checkpoint
+
+    if world > 1:
+        dist.barrier()  # every rank has looked at --out before rank 0 writes there
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(args.out / "args.json", json.dumps(record, indent=1))
+        log = args.out / "metrics.jsonl"
+        lines = log.read_text().splitlines(True)[:start_epoch] if log.exists() else []  # one line per epoch; later ones are made again
+        write(log, "".join(lines))
+        print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} timesteps trained; per rank "
+              f"{len(mine) * T} (sample, timestep) pairs in {args.updates} update(s) of {len(mine) * T // args.updates}, {args.batch} per forward; "
+              f"{sum(p.numel() for p in parameters) / 1e6:.2f} M weights trained; epochs {start_epoch} to {args.epochs}")
+    empty = encode([""])
+    if rank == 0 and start_epoch == 0:
+        grid(args.out / "grid-0.png")
+        evaluate(path)
+
+    done = saved = start_epoch
+    bar = tqdm(range(start_epoch, args.epochs), initial=start_epoch, total=args.epochs, desc="epochs", disable=rank > 0)
+    for epoch in bar:
+        clock, seconds = time.perf_counter(), {}
+
+        def lap(phase):
+            nonlocal clock
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            seconds[phase], clock = now - clock, now
+
+        # 1. prompts: the UNet sees the original ones, the reward the steered targets; both once per prompt
+        chosen = draw_prompts([len(s) for s in sources], weights, P, args.seed, epoch)
+        prompts = [sources[s][i] for s, i in chosen]
+        local = prompts[mine.start // G:mine.stop // G]
+        text = encode(local)
+        z_text = embedder.text(prompts)
+        targets = steered_targets(z_text, v, args.alpha, args.steer)[mine.start // G:mine.stop // G]
+
+        # 2. rollout, decode, reward
+        latents, old_log_probs, rewards = [], [], []
+        for chunk in torch.arange(len(mine)).split(args.batch):
+            group = (chunk // G).to(device)
+            x, lp = rollout(unet, schedule, text[group], empty, initial_noise(epoch, [mine[i] for i in chunk]), args.guidance, autocast)
+            latents.append(x); old_log_probs.append(lp)
+        latents, old_log_probs = torch.cat(latents), torch.cat(old_log_probs)  # [N, steps + 1, C, H, W], [N, T]
+        lap("rollout")
+        for chunk in torch.arange(len(mine)).split(args.batch):
+            rewards.append(reward(embedder, decode(latents[chunk, -1]), targets[(chunk // G).to(device)]))
+        rewards = torch.cat(rewards).view(-1, G)  # [P / world, G]
+        for name, tensor in (("latents", latents.flatten(1)), ("reward", rewards.view(-1, 1))):
+            bad = (~tensor.isfinite().all(1)).nonzero()
+            if len(bad):
+                stop(f"non-finite {name} in epoch {epoch}, prompt {local[bad[0].item() // G]!r}; checkpoints are untouched")
+        lap("reward")
+        if asked_to_stop():
+            break  # the weights are still those of the last finished epoch
+
+        # 3. advantages: over all ranks, so that one rank and many normalise alike
+        everyone = rewards
+        if world > 1:
+            everyone = torch.empty(P, G, device=device)
+            dist.all_gather_into_tensor(everyone, rewards)
+        advantages, live = group_advantages(everyone, args.advantage_clip)
+        advantages = advantages.flatten()[mine.start:mine.stop]
+        pairs_per_update = P * G * T / args.updates  # over all ranks
+        live_share = max(live.float().mean().item(), 1 / P)
+
+        # 4. updates: each over its own (sample, timestep) pairs, gradients summed over micro-batches, all-reduced once
+        order = pairs_of_updates(mine, T, args.updates, args.seed, epoch).to(device)
+        log_ratios, kls, norms, noise_by_step = [], [], [], torch.zeros(T, device=device)
+        for k in range(args.updates):
+            micro = order[k].split(args.batch)
+            for m, pairs in enumerate(micro):
+                n, j = pairs.unbind(1)
+                with policy.no_sync() if world > 1 and m < len(micro) - 1 else nullcontext():
+                    x, x_prev, cond = latents[n, j], latents[n, j + 1], text[n // G]
+                    out = predict_noise(policy, x, schedule.t[j], cond, empty, args.guidance, autocast)
+                    mean = ddim_mean(schedule, j, x, out)
+                    new = log_prob(x_prev, mean, schedule.sigma[j])
+                    old = new.detach() if k == 0 else old_log_probs[n, j]  # before the first update the policy is the old one: rho = 1
+                    log_ratio = (new - old) / gain[j]
+                    if args.kl and args.kl_to == "ref":
+                        with torch.no_grad():
+                            reference_mean = ddim_mean(schedule, j, x, predict_noise(reference, x, schedule.t[j], cond, empty, args.guidance, autocast))
+                        kl = kl_gaussian(mean, reference_mean, schedule.sigma[j])
+                        kls.append(kl.detach() * dimensions)
+                    else:
+                        kl = kl_k3(log_ratio)
+                        kls.append(kl_k3((new - old).detach() * dimensions))  # in nats: of the summed log-ratio
+                    objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
+                    (-objective * world / pairs_per_update).backward()  # DDP averages over ranks; this makes it the global mean
+                log_ratios.append(log_ratio.detach())
+                if k == 0:
+                    noise_by_step.scatter_reduce_(0, j, (new.detach() - old_log_probs[n, j]).abs(), "amax")
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+            if not norm.isfinite():  # before the step: the weights are still good
+                worst = torch.cat(log_ratios[-len(micro):])
+                bad = order[k][(~worst.isfinite()).nonzero()[:1, 0], 0].tolist()
+                what = f"ratio, prompt {local[bad[0] // G]!r}" if bad else f"gradient, prompts {local[0]!r} ..."
+                stop(f"non-finite {what} in epoch {epoch}, update {k}; checkpoints are untouched")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            norms.append(norm)
+        lap("update")
+
+        # 5. log, save
+        ratio = torch.cat(log_ratios).exp()
+        kl, norms = torch.cat(kls).mean(), torch.stack(norms)
+        by_source = {name: [r for r, (s, _) in zip(everyone.mean(1).tolist(), chosen) if names[s] == name] for name in names}
+        metrics = {
+            "epoch": epoch + 1, "reward": {name: sum(r) / len(r) for name, r in by_source.items() if r}, "reward_std": everyone.std(1, correction=0).mean().item(),
+            "unsafe_prompts": (text_safety(z_text, v) < 0).float().mean().item(), "dead_groups": int((~live).sum()),
+            "ratio_min": ratio.min().item(), "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
+            "clip_low": (ratio < 1 - args.clip).float().mean().item(), "clip_high": (ratio > 1 + args.clip).float().mean().item(),
+            "on_policy_noise": noise_by_step.max().item(), "kl": kl.item(), "grad_norm": norms.mean().item(),
+            "seconds": {phase: round(s, 3) for phase, s in seconds.items()}, "images_per_second": P * G / sum(seconds.values())}
+        done = epoch + 1
+        if rank == 0:
+            with open(args.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if epoch == start_epoch:
+                noise = " ".join(f"{t}:{e:.0e}" for t, e in zip(schedule.t.tolist(), noise_by_step.tolist()))
+                bar.write(f"on-policy |log ratio| by timestep, rollout against training forward (clip is {args.clip:g}): {noise}")
+            bar.set_postfix({**{n: f"{r:.3f}" for n, r in metrics["reward"].items()}, "dead": metrics["dead_groups"]})
+            if done % args.save_every == 0:
+                checkpoint, saved = save(done), done
+        if asked_to_stop():
+            break
+    if rank == 0:
+        if done > saved:
+            checkpoint = save(done)
+        if done == args.epochs:
+            print(f"{checkpoint} loads in diffusers; metrics.jsonl, curve.png and grid-{done}.png (above: before, below: after) are in {args.out}")
+            evaluate(checkpoint)
+        else:
+            print(f"stopped by a signal after epoch {done}; continue with --resume")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # rank 0 may evaluate or save for long while the others wait; torchrun itself ends them when a rank fails
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
+    main(arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
