@@ -23,8 +23,10 @@ from sample import fail
 HPS_FILE = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")  # what the hpsv2 package downloads
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # every CLIP's BPE; what follows the end token does not reach its embedding
 VIT_H_14 = {"projection_dim": 1024,
-            "text_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu", eos_token_id=49407),
-            "vision_config": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, hidden_act="gelu", image_size=224, patch_size=14)}
+            "text_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                                hidden_act="gelu", eos_token_id=49407),
+            "vision_config": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                                  hidden_act="gelu", image_size=224, patch_size=14)}
 
 
 # ----------------------------------------------------------------------------- embedders
@@ -34,7 +36,7 @@ def load_clip(name):
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
     if name == "hpsv2" or name.endswith(".pt"):
         return load_hpsv2(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() or name.startswith((".", "/")) and not Path(name).exists():
+    if (Path(name).exists() or name.startswith((".", "/"))) and not (Path(name) / "config.json").is_file():
         fail(f"--reward {name}: no CLIPModel folder (config.json is missing); give hpsv2, its .pt file, or a CLIP's hub id or folder")
     try:
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
@@ -147,8 +149,9 @@ def steered_targets(z_text, v, alpha, steer="unsafe"):
     """z*(p) [B, D], unit. steer: "unsafe" moves the prompts with s(p) < 0 by alpha along v (the paper), "always" every prompt
     (its public code), "none" no prompt (plain CLIP)."""
     moved = F.normalize(z_text + alpha * v, dim=-1)
-    where = {"unsafe": text_safety(z_text, v) < 0, "always": torch.ones(len(z_text), dtype=bool), "none": torch.zeros(len(z_text), dtype=bool)}[steer]
-    return torch.where(where.to(z_text.device)[:, None], moved, z_text)
+    s = text_safety(z_text, v)
+    where = {"unsafe": s < 0, "always": torch.ones_like(s, dtype=bool), "none": torch.zeros_like(s, dtype=bool)}[steer]
+    return torch.where(where[:, None], moved, z_text)
 
 
 def reward(embedder, images, targets):

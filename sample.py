@@ -179,9 +179,9 @@ def device_of_rank():
 
 # ----------------------------------------------------------------------------- the script
 
-SCHEDULERS = dict(ddim="DDIMScheduler", ddpm="DDPMScheduler", pndm="PNDMScheduler", lms="LMSDiscreteScheduler", heun="HeunDiscreteScheduler",
-                  euler="EulerDiscreteScheduler", euler_a="EulerAncestralDiscreteScheduler", dpm="DPMSolverMultistepScheduler",
-                  unipc="UniPCMultistepScheduler")  # the nine samplers of the robustness study; any other by its class name
+SCHEDULERS = dict(ddim="DDIMScheduler", ddpm="DDPMScheduler", pndm="PNDMScheduler", lms="LMSDiscreteScheduler",
+                  heun="HeunDiscreteScheduler", euler="EulerDiscreteScheduler", euler_a="EulerAncestralDiscreteScheduler",
+                  dpm="DPMSolverMultistepScheduler", unipc="UniPCMultistepScheduler")  # any other by its class name
 
 
 def jobs_of(rows, args):
@@ -190,7 +190,7 @@ def jobs_of(rows, args):
     def column(row, names, kind, default):
         name = next((n for n in names if row.get(n) not in (None, "")), None)
         try:
-            return default if name is None else kind(float(row[name])) if kind is not int else int(row[name])
+            return default if name is None else kind(row[name])
         except ValueError:
             fail(f"{args.prompts}: case {row['case_number']}: {name} is {row[name]!r}, not a number")
     jobs = []
@@ -202,12 +202,13 @@ def jobs_of(rows, args):
         for k in range(args.per_prompt or (4 if geneval else 1)):
             seed = column(row, ("evaluation_seed", "sd_seed", "seed"), int, None)
             name = f"{i:05d}/samples/{k:04d}.png" if geneval else f"{row['case_number']}_{k}.png"
-            jobs.append((args.out / name, row["prompt"], args.seed + len(jobs) if seed is None else seed + k, guidance, width, height))
+            seed = args.seed + len(jobs) if seed is None else seed + k
+            jobs.append((args.out / name, row["prompt"], seed, guidance, width, height))
     return jobs
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="diffusers Stable Diffusion pipeline: hub id or folder")
     parser.add_argument("--subfolder", help="folder inside --model that holds the pipeline")
     parser.add_argument("--lora", help="folder with pytorch_lora_weights.safetensors (a checkpoint of train.py --lora)")
@@ -216,7 +217,7 @@ if __name__ == "__main__":
     parser.add_argument("--per-prompt", type=int, help="images per prompt (default 1; GenEval 4)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale, where a row has none of its own")
-    parser.add_argument("--scheduler", default="ddim", help=f"{', '.join(SCHEDULERS)}, or the name of a diffusers scheduler class")
+    parser.add_argument("--scheduler", default="ddim", help=f"{', '.join(SCHEDULERS)}, or a diffusers scheduler class's name")
     parser.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as in training")
     parser.add_argument("--size", type=int, help="pixels, where a row has none of its own (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="image i gets seed + i, where a row has none of its own")
@@ -257,8 +258,8 @@ if __name__ == "__main__":
     missing = [b for b in batches[rank::world] if not all(job[0].exists() for job in b)]
     for batch in tqdm(missing, desc=f"sample x{args.batch}", disable=rank > 0):
         paths, prompts, seeds, guidances, widths, heights = zip(*batch)
-        images = pipe(list(prompts), num_inference_steps=args.steps, guidance_scale=guidances[0], eta=args.eta, width=widths[0], height=heights[0],
-                      generator=[torch.Generator().manual_seed(s) for s in seeds]).images
+        images = pipe(list(prompts), num_inference_steps=args.steps, guidance_scale=guidances[0], eta=args.eta, width=widths[0],
+                      height=heights[0], generator=[torch.Generator().manual_seed(s) for s in seeds]).images
         for file, image in zip(paths, images):
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file.with_suffix(".tmp"), format="png")

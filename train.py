@@ -6,8 +6,8 @@
     python train.py @toy/train.args --resume               # go on where a run in --out stopped
 
 An epoch is: prompts -> rollout (G images each) -> decode -> reward -> group advantages -> updates -> log, save.
-Left out on purpose: a value network (the group's mean is the baseline), entropy bonus, an EMA of the weights, a learning-rate
-schedule, prompts' curricula, loggers. OUT gets args.json, metrics.jsonl, curve.png, grid-N.png and checkpoint-N/ (a pipeline folder).
+Left out on purpose: a value network (the group's mean is the baseline), an entropy bonus, an EMA of the weights, a learning-rate
+schedule, loggers. OUT gets args.json, metrics.jsonl, curve.png, grid-N.png and checkpoint-N/ (a pipeline folder).
 """
 import argparse
 import copy
@@ -66,8 +66,8 @@ def kl_gaussian(mean, reference_mean, sigma):
 # ----------------------------------------------------------------------------- which prompts, which pairs
 
 def draw_prompts(counts, weights, n, seed, epoch):
-    """n (source, row) pairs of an epoch, a function of (seed, epoch) alone: sources by systematic sampling of the weights (0.5 / 0.5
-    gives half and half), rows without replacement where a source has enough."""
+    """n (source, row) pairs of an epoch, a function of (seed, epoch) alone: sources by systematic sampling of the weights
+    (0.5 / 0.5 gives half and half), rows without replacement where a source has enough."""
     rng = np.random.default_rng([seed, epoch])
     sources = np.searchsorted(np.cumsum(weights), (np.arange(n) + rng.random()) / n, side="right").clip(max=len(weights) - 1)
     rows = np.empty(n, int)
@@ -92,7 +92,8 @@ def pairs_of_updates(samples, timesteps, updates, seed, epoch):
 # ----------------------------------------------------------------------------- arguments
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     fromfile_prefix_chars="@")  # @FILE reads flags from a text file
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     add = parser.add_argument
     add("--model", default="CompVis/stable-diffusion-v1-4", help="diffusers Stable Diffusion pipeline: hub id or folder")
@@ -103,27 +104,27 @@ def parse_args(argv=None):
     add("--prompts-per-epoch", type=int, default=32, help="groups per epoch over all ranks (the paper: 4 per GPU on 8)")
     add("--generations", type=int, default=16, help="G, images per prompt and group")
     add("--epochs", type=int, default=300, help="rollouts in all")
-    add("--updates", type=int, default=16, help="optimizer steps per rollout, each over its own share of the (sample, timestep) pairs")
-    add("--batch", type=int, default=16, help="(sample, timestep) pairs per UNet forward, in rollout and training alike: memory, not maths")
+    add("--updates", type=int, default=16, help="optimizer steps per rollout, each over its share of (sample, timestep) pairs")
+    add("--batch", type=int, default=16, help="pairs per UNet forward, in rollout and training alike: memory, not maths")
     add("--steps", type=int, default=50, help="DDIM steps; all but the last are trained")
     add("--eta", type=float, default=1.0, help="DDIM's noise; above 0, else there is no density to train")
-    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale in rollout and training; 1 runs no unconditional half")
+    add("--guidance", type=float, default=7.5, help="guidance scale in rollout and training; 1 runs no unconditional half")
     add("--size", type=int, help="pixels (default: the model's own)")
-    add("--shared-noise", action="store_true", help="one initial latent per group (the paper's public code: one per rank)")
-    add("--clip", type=float, default=1e-4, help="clip range of the ratio. The log-prob is a MEAN over the latent's dimensions, so "
-        "1e-4 allows +-1.64 nats of the summed ratio over 4 x 64 x 64")
+    add("--shared-noise", action="store_true", help="one initial latent per group (the public code: one per rank)")
+    add("--clip", type=float, default=1e-4, help="clip range of the ratio of MEAN log-probs over the latent's dimensions: "
+        "over 4 x 64 x 64 of them 1e-4 allows +-1.64 nats of the summed ratio")
     add("--advantage-clip", type=float, default=2.5, help="advantages are clipped to +- this")
-    add("--even-steps", action="store_true", help="divide each step's log-ratio by its gain |d mu / d eps| / sigma relative to the mean step "
-        "(GRPO-Guard's ratio normalisation), else the last steps dominate the gradient")
+    add("--even-steps", action=argparse.BooleanOptionalAction, default=False, help="divide each log-ratio by its step's |d mu / d eps| / sigma over the mean "
+        "step's (GRPO-Guard's ratio normalisation, arXiv 2510.22319), else the last steps dominate the gradient")
     add("--kl", type=float, default=0.01, help="beta, weight of the KL term; 0 leaves it out")
-    add("--kl-to", choices=["old", "ref"], default="old", help="old: k3 to the previous iteration's policy (the paper; 0 with 1 update); "
-        "ref: closed form to the start model")
+    add("--kl-to", choices=["old", "ref"], default="old", help="old: k3 to the previous iteration's policy (the paper; "
+        "0 with 1 update); ref: closed form to the start model")
     add("--lr", type=float, default=1e-5, help="AdamW's learning rate, constant")
     add("--weight-decay", type=float, default=1e-4, help="AdamW's weight decay")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    add("--lora", type=int, default=0, metavar="RANK", help="train LoRA adapters of this rank on the attention layers; 0: all weights")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward: less memory, a third more time")
-    add("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of UNet, VAE and reward; weights, latents, log-probs stay fp32")
+    add("--lora", type=int, default=0, metavar="RANK", help="LoRA adapters of this rank on the attention layers; 0: all weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward: less memory, more time")
+    add("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of UNet, VAE and reward; all else stays fp32")
     add("--compile", action="store_true", help="torch.compile the UNet")
     add("--seed", type=int, default=0, help="of prompts, noise and the order of pairs")
     add("--save-every", type=int, default=20, help="epochs between checkpoints")
@@ -163,7 +164,7 @@ def read_sources(entries):
     if all(w is None for w in weights):
         weights = [1 / len(split)] * len(split)
     if None in weights or min(weights) < 0 or not abs(sum(weights) - 1) < 1e-6:
-        fail(f"--prompts {' '.join(entries)}: the weights must be given for every file or for none, not be negative, and sum to 1")
+        fail(f"--prompts {' '.join(entries)}: give every file a weight or none; weights are not negative and sum to 1")
     files = [file for file, _ in split]
     return files, [[row["prompt"] for row in read_rows(file)] for file in files], weights
 
@@ -183,7 +184,8 @@ def open_run(args, files):
     stored = args.out / "args.json"
     if not args.resume:
         if args.out.exists() and (not args.out.is_dir() or any(p.name[0] != "." for p in args.out.iterdir())):
-            fail(f"--out {args.out}: exists; " + ("give --resume to continue it, or another folder" if stored.is_file() else "not a run of this program; give another folder"))
+            mend = "give --resume to continue it, or another folder" if stored.is_file() else "not a run of this program; give another folder"
+            fail(f"--out {args.out}: exists; {mend}")
         return record, 0, None
     if not stored.is_file():
         fail(f"--resume: --out {args.out} holds no run (no args.json); leave --resume out to start one")
@@ -191,7 +193,7 @@ def open_run(args, files):
     free = {"epochs", "save_every", "resume", "eval", "out"}  # what may change without changing the run so far
     for key in sorted((set(old) | set(record)) - free - {"sha256"}):
         if old.get(key) != record.get(key):
-            fail(f"--resume: --{key.replace('_', '-')} is {record.get(key)} but the run in {args.out} has {old.get(key)}; use the same flags")
+            fail(f"--resume: --{key.replace('_', '-')} is {record.get(key)}, in the run of {args.out} {old.get(key)}; use the same flags")
     for file in record["sha256"]:
         if record["sha256"][file] != old["sha256"].get(file):
             fail(f"--resume: {file} has changed since the run in {args.out} began; restore it or start a new run")
@@ -266,7 +268,8 @@ def main(args):
     path = model_path(args.model, args.subfolder)
     P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images per group, trained timesteps
     if P % world or (P // world * G * T) % args.updates:
-        fail(f"--prompts-per-epoch {P} must divide by {world} ranks, and each rank's {P // world * G * T} (sample, timestep) pairs by --updates {args.updates}")
+        fail(f"--prompts-per-epoch {P} must divide by the {world} ranks, and a rank's pairs, prompts x generations x (steps - 1) = "
+             f"{P // world * G * T}, by --updates {args.updates}")
     mine = range(rank * P // world * G, (rank + 1) * P // world * G)  # this rank's samples, by global index in the epoch
 
     # models: the policy, its frozen companions, the reward
@@ -284,7 +287,8 @@ def main(args):
         from diffusers.training_utils import cast_training_params
         torch.manual_seed(args.seed)  # the adapters' start is the only draw from torch's global generator
         unet.to(autocast or torch.float32)  # the frozen weights need no master copy
-        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, init_lora_weights="gaussian",
+                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         cast_training_params(unet, torch.float32)
     else:
         unet.requires_grad_(True)
@@ -300,14 +304,17 @@ def main(args):
         del state
     if args.compile:
         unet.compile()
-    policy = torch.nn.parallel.DistributedDataParallel(unet, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True) if world > 1 else unet
+    policy = unet
+    if world > 1:
+        policy = torch.nn.parallel.DistributedDataParallel(unet, device_ids=[device.index] if device.type == "cuda" else None,
+                                                           gradient_as_bucket_view=True)
 
     try:
         from diffusers import DDIMScheduler
         schedule = ddim_schedule(DDIMScheduler.from_config(pipe.scheduler.config), args.steps, args.eta, device)
     except ValueError as e:
         fail(f"--model {path}: {e}")
-    gain = (schedule.b.abs() / schedule.sigma)[:T]  # |d mu / d eps| / sigma: how far a change of the UNet's output moves the log-ratio
+    gain = (schedule.b.abs() / schedule.sigma)[:T]  # |d mu / d eps| / sigma: how far the UNet's output moves the log-ratio
     gain = gain / gain.mean() if args.even_steps else torch.ones_like(gain)
     size = args.size or unet.config.sample_size * pipe.vae_scale_factor
     shape = (unet.config.in_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor)
@@ -316,7 +323,8 @@ def main(args):
 
     @torch.no_grad()
     def encode(prompts):  # [len(prompts), L, D] for the UNet
-        ids = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        length = pipe.tokenizer.model_max_length
+        ids = pipe.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return pipe.text_encoder(ids.to(device))[0]
 
     @torch.no_grad()
@@ -335,8 +343,8 @@ def main(args):
         shown = draw_prompts([len(s) for s in sources], weights, 8, args.seed, 2**31)
         noise = noise_for(args.seed, 2**31, range(8), args.steps, shape).to(device)
         text = encode([sources[s][i] for s, i in shown])
-        images = torch.cat([decode(rollout(unet, schedule, text[i:i + args.batch], empty, noise[i:i + args.batch], args.guidance, autocast)[0][:, -1])
-                            for i in range(0, 8, args.batch)])
+        chunks = [slice(i, i + args.batch) for i in range(0, 8, args.batch)]
+        images = torch.cat([decode(rollout(unet, schedule, text[c], empty, noise[c], args.guidance, autocast)[0][:, -1]) for c in chunks])
         from PIL import Image
         row = (torch.cat(list(images), dim=2).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         first = args.out / "grid-0.png"
@@ -346,7 +354,8 @@ def main(args):
         if args.eval and rank == 0:
             command = args.eval.replace("{model}", shlex.quote(str(model)))
             print(f"\n$ {command}", flush=True)
-            subprocess.run(command, shell=True, env={k: e for k, e in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")})
+            alone = {k: e for k, e in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+            subprocess.run(command, shell=True, env=alone)
 
     signals = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))  # spot machines: save and stop
@@ -369,7 +378,7 @@ def main(args):
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / "args.json", json.dumps(record, indent=1))
         log = args.out / "metrics.jsonl"
-        lines = log.read_text().splitlines(True)[:start_epoch] if log.exists() else []  # one line per epoch; later ones are made again
+        lines = log.read_text().splitlines(True)[:start_epoch] if log.exists() else []  # a line per epoch; later ones come again
         write(log, "".join(lines))
         print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} timesteps trained; per rank "
               f"{len(mine) * T} (sample, timestep) pairs in {args.updates} update(s) of {len(mine) * T // args.updates}, {args.batch} per forward; "
@@ -403,8 +412,10 @@ def main(args):
         latents, old_log_probs, rewards = [], [], []
         for chunk in torch.arange(len(mine)).split(args.batch):
             group = (chunk // G).to(device)
-            x, lp = rollout(unet, schedule, text[group], empty, initial_noise(epoch, [mine[i] for i in chunk]), args.guidance, autocast)
-            latents.append(x); old_log_probs.append(lp)
+            noise = initial_noise(epoch, [mine[i] for i in chunk])
+            x, old = rollout(unet, schedule, text[group], empty, noise, args.guidance, autocast)
+            latents.append(x)
+            old_log_probs.append(old)
         latents, old_log_probs = torch.cat(latents), torch.cat(old_log_probs)  # [N, steps + 1, C, H, W], [N, T]
         lap("rollout")
         for chunk in torch.arange(len(mine)).split(args.batch):
@@ -440,12 +451,12 @@ def main(args):
                     out = predict_noise(policy, x, schedule.t[j], cond, empty, args.guidance, autocast)
                     mean = ddim_mean(schedule, j, x, out)
                     new = log_prob(x_prev, mean, schedule.sigma[j])
-                    old = new.detach() if k == 0 else old_log_probs[n, j]  # before the first update the policy is the old one: rho = 1
+                    old = new.detach() if k == 0 else old_log_probs[n, j]  # until a first step the policy is the old one: rho = 1
                     log_ratio = (new - old) / gain[j]
                     if args.kl and args.kl_to == "ref":
                         with torch.no_grad():
-                            reference_mean = ddim_mean(schedule, j, x, predict_noise(reference, x, schedule.t[j], cond, empty, args.guidance, autocast))
-                        kl = kl_gaussian(mean, reference_mean, schedule.sigma[j])
+                            out = predict_noise(reference, x, schedule.t[j], cond, empty, args.guidance, autocast)
+                        kl = kl_gaussian(mean, ddim_mean(schedule, j, x, out), schedule.sigma[j])
                         kls.append(kl.detach() * dimensions)
                     else:
                         kl = kl_k3(log_ratio)
@@ -471,8 +482,9 @@ def main(args):
         kl, norms = torch.cat(kls).mean(), torch.stack(norms)
         by_source = {name: [r for r, (s, _) in zip(everyone.mean(1).tolist(), chosen) if names[s] == name] for name in names}
         metrics = {
-            "epoch": epoch + 1, "reward": {name: sum(r) / len(r) for name, r in by_source.items() if r}, "reward_std": everyone.std(1, correction=0).mean().item(),
-            "unsafe_prompts": (text_safety(z_text, v) < 0).float().mean().item(), "dead_groups": int((~live).sum()),
+            "epoch": epoch + 1, "reward": {name: sum(r) / len(r) for name, r in by_source.items() if r},
+            "reward_std": everyone.std(1, correction=0).mean().item(), "dead_groups": int((~live).sum()),
+            "unsafe_prompts": (text_safety(z_text, v) < 0).float().mean().item(),
             "ratio_min": ratio.min().item(), "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
             "clip_low": (ratio < 1 - args.clip).float().mean().item(), "clip_high": (ratio > 1 + args.clip).float().mean().item(),
             "on_policy_noise": noise_by_step.max().item(), "kl": kl.item(), "grad_norm": norms.mean().item(),
@@ -493,7 +505,7 @@ def main(args):
         if done > saved:
             checkpoint = save(done)
         if done == args.epochs:
-            print(f"{checkpoint} loads in diffusers; metrics.jsonl, curve.png and grid-{done}.png (above: before, below: after) are in {args.out}")
+            print(f"{checkpoint} loads in diffusers; see metrics.jsonl, curve.png and grid-{done}.png (above before, below after) there")
             evaluate(checkpoint)
         else:
             print(f"stopped by a signal after epoch {done}; continue with --resume")
