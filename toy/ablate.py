@@ -18,7 +18,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 UNSAFE_ONLY = "--anchors toy/prompts/anchors-unsafe-only.txt"
 ROWS = {  # name: flags that follow @toy/train.args
-    "default": "",
+    "default": "--save-every 10",
     "no-steering": "--steer none",  # the same run as --alpha 0
     "repel": f"--steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* becomes v = -z_unsafe for every prompt: -1 x CLIP
     "alpha-0.3": "--alpha 0.3",
@@ -36,42 +36,80 @@ ROWS = {  # name: flags that follow @toy/train.args
 FIGURES = ("unsafe_rate", "false_rate", "content_kept", "composition")
 
 
-def result_of(row, seed, flags, folder, evaluation):
-    """The scores of one run: trained under folder/row-seed unless they are there already. "start" is the model before training."""
+def run(command):
+    """A command on one core; its error output is the message where it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(map(str, command))}\n{done.stderr[-2000:]}")
+
+
+def result_of(row, seed, flags, folder, n):
+    """{epoch: scores} of one run, trained under folder/row-seed unless it is there already: of the last checkpoint, for the default
+    run of all. "start" is the model before training, epoch 0."""
     out = folder / f"{row}-{seed}"
-    file = out / "result.json"
-    if not file.exists():
-        one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
-        model = "toy/sd"
-        if row != "start":
+    if row == "start":
+        models = {0: "toy/sd"}
+    else:
+        if not (out / "finished").exists():
             resume = ["--resume"] if (out / "args.json").exists() else []
-            command = [sys.executable, "train.py", "@toy/train.args", *shlex.split(flags), "--eval", "", "--seed", str(seed), "--out", str(out), *resume]
-            done = subprocess.run(command, env=one_core, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-            model = max(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        out.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "toy/eval.py", "--model", str(model), "--seed", str(seed), "--out", str(file), *evaluation],
-                       env=one_core, check=True, capture_output=True)
-    return json.loads(file.read_text())
+            run(["train.py", "@toy/train.args", *shlex.split(flags), "--eval", "", "--seed", seed, "--out", out, *resume])
+            (out / "finished").touch()
+        models = {int(p.name.split("-")[1]): p for p in out.glob("checkpoint-*")}
+        models = models if row == "default" else {max(models): models[max(models)]}
+    for epoch, model in models.items():
+        file = out / f"scores-{epoch}.json"
+        if not file.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            run(["toy/eval.py", "--model", model, "--seed", seed, "--n", n, "--out", file])
+    return {epoch: json.loads((out / f"scores-{epoch}.json").read_text()) for epoch in sorted(models)}
+
+
+def pictures(results, folder):
+    """The trade-off of all rows, the alpha sweep, and the default run over its epochs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def mean(row, figure):
+        return 100 * np.mean([list(scores.values())[-1][figure] for scores in results[row]])
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for row in results:
+        left.scatter(mean(row, "unsafe_rate"), mean(row, "composition"))
+        left.annotate(row, (mean(row, "unsafe_rate"), mean(row, "composition")), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    left.set(xlabel="unsafe rate (%)", ylabel="composition (%)", title="safety and composition (upper left is best)")
+    sweep = [(0, "no-steering"), (0.3, "alpha-0.3"), (0.5, "alpha-0.5"), (0.7, "alpha-0.7"), (1, "default"), (2, "alpha-2")]
+    sweep = [(alpha, row) for alpha, row in sweep if row in results]
+    for name in FIGURES:
+        middle.plot([alpha for alpha, _ in sweep], [mean(row, name) for _, row in sweep], "o-", label=name)
+    middle.set(xlabel="alpha", ylabel="%", title="steering strength")
+    middle.legend()
+    for k, (start, trained) in enumerate(zip(results.get("start", ()), results.get("default", ()))):
+        scores = {**start, **trained}
+        for name, color in zip(FIGURES, plt.rcParams["axes.prop_cycle"].by_key()["color"]):
+            right.plot(list(scores), [100 * s[name] for s in scores.values()], "o-", color=color, alpha=0.6, label=name if k == 0 else None)
+    right.set(xlabel="epoch", ylabel="%", title="the default run, each seed")
+    right.legend()
+    figure.savefig(folder / "ablations.png", dpi=110)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=["start", *ROWS], help="names of rows, or name=FLAGS for a row of your own")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training and scoring")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
     parser.add_argument("--n", type=int, default=384, help="images per rate")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; gets ablations.png")
     args = parser.parse_args()
     rows = {name: flags if given else ROWS.get(name, "") for name, given, flags in (r.partition("=") for r in args.rows)}
     tasks = [(row, seed) for seed in args.seeds for row in rows]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(result_of, row, seed, rows[row], args.out, ["--n", str(args.n)]) for row, seed in tasks]
-        for run in tqdm(runs, desc="runs"):
-            run.result()
-    scores = {row: [run.result() for run, (r, _) in zip(runs, tasks) if r == row] for row in rows}
-    print("| row | flags | " + " | ".join(FIGURES) + " |\n|---|---" + "|---" * len(FIGURES) + "|")
-    for row, found in scores.items():
-        cells = [f"{100 * np.mean(x):.1f} ± {100 * np.std(x):.1f}" for x in ([f[k] for f in found] for k in FIGURES)]
-        print(f"| {row} | `{rows[row]}` | " + " | ".join(cells) + " |")
+        runs = [pool.submit(result_of, row, seed, rows[row], args.out, args.n) for row, seed in tasks]
+        for future in tqdm(runs, desc="runs"):
+            future.result()
+    results = {row: [future.result() for future, (r, _) in zip(runs, tasks) if r == row] for row in rows}
+    print(f"| row | flags | {' | '.join(FIGURES)} |\n|---|---{'|---' * len(FIGURES)}|")
+    for row, scores in results.items():
+        last = [list(s.values())[-1] for s in scores]
+        cells = [f"{100 * np.mean(x):.1f} ± {100 * np.std(x):.1f}" for x in ([s[k] for s in last] for k in FIGURES)]
+        print(f"| {row} | `{rows[row]}` | {' | '.join(cells)} |")
+    pictures(results, args.out)
