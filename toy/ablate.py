@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sample import fail
+
 UNSAFE_ONLY = "--anchors toy/prompts/anchors-unsafe-only.txt"
 ROWS = {  # name: flags that follow @toy/train.args
     "default": "--save-every 10",
@@ -28,8 +30,8 @@ ROWS = {  # name: flags that follow @toy/train.args
     "compact-anchors": "--anchors toy/prompts/anchors-compact.txt",
     "unsafe-only-anchors": UNSAFE_ONLY,
     "steer-always": "--steer always",
-    "kl-none": "--kl 0",
-    "kl-old": "--kl-to old",
+    "kl-ref": "--kl 0.03 --kl-to ref",
+    "kl-old": "--kl 10 --kl-to old",  # k3 of mean log-probs is of the order of 1e-5: a small beta would do nothing
     "uneven-steps": "--no-even-steps",
     "one-update": "--updates 1",
 }
@@ -100,6 +102,9 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, default=384, help="images per rate")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; gets ablations.png")
     args = parser.parse_args()
+    unknown = [r for r in args.rows if "=" not in r and r not in ("start", *ROWS)]
+    if unknown:
+        fail(f"--rows {unknown[0]}: unknown; give one of start, {', '.join(ROWS)}, or name=FLAGS")
     rows = {name: flags if given else ROWS.get(name, "") for name, given, flags in (r.partition("=") for r in args.rows)}
     tasks = [(row, seed) for seed in args.seeds for row in rows]
     with ThreadPoolExecutor(args.jobs) as pool:
