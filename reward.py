@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sample import fail
+from sample import fail, first_line
 
 HPS_FILE = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")  # what the hpsv2 package downloads
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # every CLIP's BPE; what follows the end token does not reach its embedding
@@ -41,8 +41,8 @@ def load_clip(name):
     try:
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
         tokenizer, processor = CLIPTokenizer.from_pretrained(name), CLIPImageProcessorPil.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"--reward {name}: not readable as a CLIPModel ({str(e).splitlines()[0]})")
+    except Exception as e:  # OSError, ValueError, SafetensorError, ... for what a folder may lack
+        fail(f"--reward {name}: not readable as a CLIPModel ({first_line(e)})")
     return clip, tokenizer, clip.config.vision_config.image_size, processor.image_mean, processor.image_std
 
 
@@ -76,13 +76,16 @@ def load_hpsv2(name):
     """HPSv2.1, an OpenCLIP ViT-H-14, in transformers' CLIPModel: from the hub ("hpsv2") or its .pt file. weights_only: no pickle runs."""
     from huggingface_hub import hf_hub_download
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.initialization import no_init_weights
     try:
         state = torch.load(hf_hub_download(*HPS_FILE) if name == "hpsv2" else name, map_location="cpu", weights_only=True)["state_dict"]
-        clip = CLIPModel(CLIPConfig(**VIT_H_14))
-        clip.load_state_dict(from_openclip(state), strict=True)
+        state = from_openclip(state)
+        with no_init_weights():  # a billion random numbers would be overwritten
+            clip = CLIPModel(CLIPConfig(**VIT_H_14))
+        clip.load_state_dict(state, strict=True)
         tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
     except Exception as e:
-        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({str(e).splitlines()[0]}); give the path to HPS_v2.1_compressed.pt")
+        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({first_line(e)}); give the path to HPS_v2.1_compressed.pt")
     return clip.float(), tokenizer, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -177,8 +180,8 @@ if __name__ == "__main__":
     add_reward_flags(parser)
     parser.add_argument("prompts", nargs="+", help="prompts to probe")
     args = parser.parse_args()
-    if not args.alpha >= 0:
-        fail(f"--alpha {args.alpha}: must be 0 or more; a negative one would steer towards the unsafe side")
+    if not 0 <= args.alpha < float("inf"):
+        fail(f"--alpha {args.alpha}: must be 0 or more and finite; a negative one would steer towards the unsafe side")
     read_anchors(args.anchors)  # bad input is told before a model is loaded
     embedder = Embedder(args.reward)
     v, z = direction_from(args, embedder), embedder.text(args.prompts)

@@ -9,6 +9,7 @@ depend on the batch, on the number of GPUs, or on what was already there. A reru
 """
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else every import warns that torchvision is missing: nothing here needs it
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -112,15 +114,19 @@ def fail(message):
     raise SystemExit(2)
 
 
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def read_rows(path):
     """Prompts of a .txt (one a line), .csv (column prompt) or .jsonl ({"prompt": ...}) file: a list of dicts, each row's own
     columns with "prompt" and "case_number" (the file's, else the row's index) as strings. fail() names the file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         fail(f"{path}: cannot be read as text ({e}); give a .txt, .csv or .jsonl file")
     if Path(path).suffix == ".csv":
-        reader = csv.DictReader(open(path, newline="", encoding="utf-8-sig"), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             rows = [dict(row) for row in reader]
         except csv.Error as e:
@@ -131,14 +137,14 @@ def read_rows(path):
             fail(f"{path}: a row ends before its column 'prompt'")
     elif Path(path).suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(text.rstrip("\n").split("\n"), 1):  # not splitlines: JSON strings may hold other breaks
             try:
-                row = json.loads(line)
-                rows.append({**row, "prompt": str(row["prompt"])})
-            except (ValueError, KeyError, TypeError):
-                fail(f"{path}, line {number}: not a JSON object with a \"prompt\"")
+                rows.append(json.loads(line))
+                assert isinstance(rows[-1]["prompt"], str)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                fail(f"{path}, line {number}: not a JSON object with a text \"prompt\"")
     else:
-        rows = [{"prompt": line.strip()} for line in lines if line.strip()]
+        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
     if not rows:
         fail(f"{path}: no prompts in it")
     return [{**row, "case_number": str(row.get("case_number", i))} for i, row in enumerate(rows)]
@@ -164,8 +170,8 @@ def load_pipeline(path, **kwargs):
     transformers.utils.logging.disable_progress_bar()
     try:
         return diffusers.StableDiffusionPipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False, **kwargs)
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"--model {path}: not readable as a StableDiffusionPipeline ({str(e).splitlines()[0]})")
+    except Exception as e:  # OSError, ValueError, SafetensorError, ... for what a folder may lack
+        fail(f"--model {path}: not readable as a StableDiffusionPipeline ({first_line(e)})")
 
 
 def device_of_rank():
@@ -190,11 +196,13 @@ def jobs_of(rows, args):
     def column(row, names, kind, default):
         name = next((n for n in names if row.get(n) not in (None, "")), None)
         try:
-            return default if name is None else kind(row[name])
-        except ValueError:
+            return default if name is None else kind(float(row[name]))  # "512.0" too; a seed of 2^32 - 1 is exact
+        except (ValueError, OverflowError, TypeError):
             fail(f"{args.prompts}: case {row['case_number']}: {name} is {row[name]!r}, not a number")
     jobs = []
     for i, row in enumerate(rows):
+        if os.path.basename(row["case_number"]) != row["case_number"] or row["case_number"] in ("", ".", ".."):
+            fail(f"{args.prompts}: case_number {row['case_number']!r} is no plain file name, which its images need")
         geneval = "tag" in row and "include" in row
         guidance = column(row, ("evaluation_guidance", "sd_guidance_scale", "guidance"), float, args.guidance)
         width = column(row, ("sd_image_width", "width"), int, args.size)
@@ -203,6 +211,9 @@ def jobs_of(rows, args):
             seed = column(row, ("evaluation_seed", "sd_seed", "seed"), int, None)
             name = f"{i:05d}/samples/{k:04d}.png" if geneval else f"{row['case_number']}_{k}.png"
             seed = args.seed + len(jobs) if seed is None else seed + k
+            if not 0 <= seed < 2**63 or not 0 <= guidance < math.inf:
+                fail(f"{args.prompts} / --seed, --guidance: case {row['case_number']} has seed {seed} and guidance {guidance}; "
+                     "a seed is from 0 to 2^63 - 1, a guidance scale 0 or more")
             jobs.append((args.out / name, row["prompt"], seed, guidance, width, height))
     return jobs
 
@@ -241,14 +252,23 @@ if __name__ == "__main__":
         fail(f"{args.prompts} / --size: {bad[4]} x {bad[5]} pixels for {bad[0].name}; sides must be multiples of 8")
     path = model_path(args.model, args.subfolder)
 
+    try:
+        scheduler = scheduler_class.from_pretrained(path, subfolder="scheduler")
+        scheduler.set_timesteps(args.steps)
+    except Exception as e:  # a missing package of this scheduler's, more steps than it has, ...
+        fail(f"--scheduler {args.scheduler}, --steps {args.steps}: not for {path} ({first_line(e)})")
+
     rank, world, device = device_of_rank()
-    pipe = load_pipeline(path, torch_dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32).to(device)
+    pipe = load_pipeline(path, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32).to(device)
     if args.lora:
-        pipe.load_lora_weights(args.lora)
-    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+        try:
+            pipe.load_lora_weights(args.lora)
+        except Exception as e:
+            fail(f"--lora {args.lora}: no adapters of this model ({first_line(e)}); give a checkpoint of train.py --lora")
+    pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
 
-    # Batches are formed before looking at what exists, and made whole: a rerun or another number of ranks gives the same bytes.
+    # Batches are cut before looking at what exists, and drawn whole: a rerun or another number of ranks gives the same bytes.
     alike = sorted(jobs, key=lambda job: tuple(v or 0 for v in job[3:]))  # stable
     batches = []
     for job in alike:
@@ -261,10 +281,12 @@ if __name__ == "__main__":
         images = pipe(list(prompts), num_inference_steps=args.steps, guidance_scale=guidances[0], eta=args.eta, width=widths[0],
                       height=heights[0], generator=[torch.Generator().manual_seed(s) for s in seeds]).images
         for file, image in zip(paths, images):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file.with_suffix(".tmp"), format="png")
-            os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half image under a good name
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                image.save(file.with_suffix(".tmp"), format="png")
+                os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half image under a good name
     for i, row in enumerate(rows):
         if rank == 0 and "tag" in row and "include" in row:
             keep = {k: v for k, v in row.items() if k != "case_number"}
+            (args.out / f"{i:05d}").mkdir(parents=True, exist_ok=True)
             (args.out / f"{i:05d}/metadata.jsonl").write_text(json.dumps(keep) + "\n")

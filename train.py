@@ -22,17 +22,19 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from diffusers import DDIMScheduler
+from PIL import Image
 from tqdm import tqdm
 
 from reward import Embedder, add_reward_flags, direction_from, read_anchors, reward, steered_targets, text_safety
-from sample import (ddim_mean, ddim_schedule, device_of_rank, fail, load_pipeline, log_prob, model_path, noise_for,
+from sample import (ddim_mean, ddim_schedule, device_of_rank, fail, first_line, load_pipeline, log_prob, model_path, noise_for,
                     predict_noise, read_rows, rollout)
 
 
@@ -114,8 +116,8 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1e-4, help="clip range of the ratio of MEAN log-probs over the latent's dimensions: "
         "over 4 x 64 x 64 of them 1e-4 allows +-1.64 nats of the summed ratio")
     add("--advantage-clip", type=float, default=2.5, help="advantages are clipped to +- this")
-    add("--even-steps", action=argparse.BooleanOptionalAction, default=False, help="divide each log-ratio by its step's |d mu / d eps| / sigma over the mean "
-        "step's (GRPO-Guard's ratio normalisation, arXiv 2510.22319), else the last steps dominate the gradient")
+    add("--even-steps", action=argparse.BooleanOptionalAction, default=False, help="divide each log-ratio by its step's gain "
+        "|d mu / d eps| / sigma (GRPO-Guard's ratio normalisation, arXiv 2510.22319), else the last steps dominate the gradient")
     add("--kl", type=float, default=0.01, help="beta, weight of the KL term; 0 leaves it out")
     add("--kl-to", choices=["old", "ref"], default="old", help="old: k3 to the previous iteration's policy (the paper; "
         "0 with 1 update); ref: closed form to the start model")
@@ -141,12 +143,11 @@ def parse_args(argv=None):
     need(args.generations >= 2, "generations", "a group needs at least 2 images, its mean is the baseline")
     need(args.steps >= 2, "steps", "must be at least 2: the last step is not trained")
     need(0 < args.eta <= 1, "eta", "must be above 0 and at most 1: without noise a step has no density to train")
-    need(args.guidance > 0, "guidance", "must be above 0; 1 means no guidance")
-    need(args.alpha >= 0, "alpha", "must be 0 or more; a negative one would steer towards the unsafe side")
-    for name in ("clip", "advantage-clip", "lr", "grad-clip"):
-        need(0 < getattr(args, name.replace("-", "_")) < math.inf, name, "must be above 0")
+    need(0 <= args.alpha < math.inf, "alpha", "must be 0 or more and finite; a negative one would steer towards the unsafe side")
+    for name in ("clip", "advantage-clip", "lr", "grad-clip", "guidance"):
+        need(0 < getattr(args, name.replace("-", "_")) < math.inf, name, "must be above 0 and finite")
     for name in ("kl", "weight-decay", "lora", "seed"):
-        need(getattr(args, name.replace("-", "_")) >= 0, name, "must be 0 or more")
+        need(0 <= getattr(args, name.replace("-", "_")) < math.inf, name, "must be 0 or more and finite")
     need(args.size is None or args.size > 0 and args.size % 8 == 0, "size", "must be a multiple of 8")
     pairs = args.prompts_per_epoch * args.generations * (args.steps - 1)
     need(args.updates <= pairs, "updates", f"there are only {pairs} (sample, timestep) pairs per epoch")
@@ -184,21 +185,39 @@ def open_run(args, files):
     stored = args.out / "args.json"
     if not args.resume:
         if args.out.exists() and (not args.out.is_dir() or any(p.name[0] != "." for p in args.out.iterdir())):
-            mend = "give --resume to continue it, or another folder" if stored.is_file() else "not a run of this program; give another folder"
-            fail(f"--out {args.out}: exists; {mend}")
+            what = "holds a run; give --resume to continue it," if stored.is_file() else "exists and is not a run of this program; remove it"
+            fail(f"--out {args.out}: {what} or give another folder")
         return record, 0, None
     if not stored.is_file():
         fail(f"--resume: --out {args.out} holds no run (no args.json); leave --resume out to start one")
-    old = json.loads(stored.read_text())
+    try:
+        old = json.loads(stored.read_text())
+        hashes = old.pop("sha256")
+    except (ValueError, KeyError, AttributeError):
+        fail(f"--resume: {stored} is damaged; restore it or start a new run")
     free = {"epochs", "save_every", "resume", "eval", "out"}  # what may change without changing the run so far
     for key in sorted((set(old) | set(record)) - free - {"sha256"}):
         if old.get(key) != record.get(key):
             fail(f"--resume: --{key.replace('_', '-')} is {record.get(key)}, in the run of {args.out} {old.get(key)}; use the same flags")
     for file in record["sha256"]:
-        if record["sha256"][file] != old["sha256"].get(file):
+        if record["sha256"][file] != hashes.get(file):
             fail(f"--resume: {file} has changed since the run in {args.out} began; restore it or start a new run")
-    done = [(n, p) for n, p in checkpoints(args.out) if (p / "train_state.pt").is_file()]
-    return record, *(done[-1] if done else (0, None))
+    start_epoch, checkpoint = max(checkpoints(args.out), default=(0, None))
+    if checkpoint and not (checkpoint / "train_state.pt").is_file():
+        fail(f"--resume: {checkpoint}/train_state.pt is missing; remove that folder or start a new run")
+    if start_epoch > args.epochs:
+        fail(f"--epochs {args.epochs}: the run in {args.out} has {start_epoch} behind it; give more")
+    return record, start_epoch, checkpoint
+
+
+@contextmanager
+def writing(out):
+    """What fails to be written ends the run with one line; what was written before stays."""
+    try:
+        yield
+    except Exception as e:  # a full disk speaks through OSError, RuntimeError or SafetensorError
+        good = max(checkpoints(out), default=(0, "none"))[1]
+        stop(f"{out} cannot be written ({first_line(e)}); the last good checkpoint is {good}")
 
 
 def save_checkpoint(out, epoch, pipe, optimizer, lora):
@@ -216,25 +235,23 @@ def save_checkpoint(out, epoch, pipe, optimizer, lora):
         trained = {name: p.detach() for name, p in pipe.unet.named_parameters() if p.requires_grad}
         torch.save({"epoch": epoch, "trained": trained, "optimizer": optimizer.state_dict()}, temporary / "train_state.pt")
         os.rename(temporary, final)
-    except Exception as e:  # a full disk speaks through OSError, RuntimeError or SafetensorError
-        shutil.rmtree(temporary, ignore_errors=True)
-        good = [p.name for _, p in checkpoints(out)]
-        stop(f"{final} could not be written ({e}); the last good checkpoint is {good[-1] if good else 'none'}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
     for _, older in checkpoints(out)[:-1]:
         (older / "train_state.pt").unlink(missing_ok=True)  # twice the weights' size, and only the newest is resumed
     return final
 
 
 def write(path, text):
-    """Replaces a small file in one step, so that a kill leaves the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    """Replaces a small file (text or a picture's) in one step, so that a kill leaves the old or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text) if isinstance(text, str) else text.save(temporary)
     os.replace(temporary, path)
 
 
 def stop(message):
     """A run that cannot go on: one line on stderr, exit code 1."""
-    print(f"stopped: {message}", file=sys.stderr, flush=True)
+    print(f"\nstopped: {message}", file=sys.stderr, flush=True)  # below the progress bar's line
     raise SystemExit(1)
 
 
@@ -253,7 +270,8 @@ def draw_curve(out, names):
     right.plot(epochs, [row["grad_norm"] for row in rows], label="gradient norm")
     right.set(xlabel="epoch", yscale="log")
     right.legend()
-    figure.savefig(out / "curve.png", dpi=120)
+    figure.savefig(out / ".curve.png", dpi=120)
+    os.replace(out / ".curve.png", out / "curve.png")
     plt.close(figure)
 
 
@@ -263,6 +281,7 @@ def main(args):
     rank, world, device = device_of_rank()
     files, sources, weights = read_sources(args.prompts)
     names = [Path(file).stem for file in files]
+    names = names if len(set(names)) == len(names) else files
     read_anchors(args.anchors)
     record, start_epoch, checkpoint = open_run(args, [*files, args.anchors])
     path = model_path(args.model, args.subfolder)
@@ -270,11 +289,16 @@ def main(args):
     if P % world or (P // world * G * T) % args.updates:
         fail(f"--prompts-per-epoch {P} must divide by the {world} ranks, and a rank's pairs, prompts x generations x (steps - 1) = "
              f"{P // world * G * T}, by --updates {args.updates}")
+    try:
+        scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+        schedule = ddim_schedule(scheduler, args.steps, args.eta, device)
+    except (OSError, ValueError) as e:
+        fail(f"--model {path}, --steps {args.steps}: no DDIM schedule ({first_line(e)})")
     mine = range(rank * P // world * G, (rank + 1) * P // world * G)  # this rank's samples, by global index in the epoch
 
     # models: the policy, its frozen companions, the reward
     autocast = torch.bfloat16 if args.precision == "bf16" else None
-    pipe = load_pipeline(path).to(device)
+    pipe = load_pipeline(path, dtype=torch.float32).to(device)
     embedder = Embedder(args.reward, device, autocast)
     unet, vae = pipe.unet, pipe.vae
     for module in (unet, vae, pipe.text_encoder):
@@ -309,11 +333,6 @@ def main(args):
         policy = torch.nn.parallel.DistributedDataParallel(unet, device_ids=[device.index] if device.type == "cuda" else None,
                                                            gradient_as_bucket_view=True)
 
-    try:
-        from diffusers import DDIMScheduler
-        schedule = ddim_schedule(DDIMScheduler.from_config(pipe.scheduler.config), args.steps, args.eta, device)
-    except ValueError as e:
-        fail(f"--model {path}: {e}")
     gain = (schedule.b.abs() / schedule.sigma)[:T]  # |d mu / d eps| / sigma: how far the UNet's output moves the log-ratio
     gain = gain / gain.mean() if args.even_steps else torch.ones_like(gain)
     size = args.size or unet.config.sample_size * pipe.vae_scale_factor
@@ -344,11 +363,11 @@ def main(args):
         noise = noise_for(args.seed, 2**31, range(8), args.steps, shape).to(device)
         text = encode([sources[s][i] for s, i in shown])
         chunks = [slice(i, i + args.batch) for i in range(0, 8, args.batch)]
-        images = torch.cat([decode(rollout(unet, schedule, text[c], empty, noise[c], args.guidance, autocast)[0][:, -1]) for c in chunks])
-        from PIL import Image
+        finals = [rollout(unet, schedule, text[c], empty, noise[c], args.guidance, autocast)[0][:, -1] for c in chunks]
+        images = torch.cat([decode(x) for x in finals])
         row = (torch.cat(list(images), dim=2).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-        first = args.out / "grid-0.png"
-        Image.fromarray(np.concatenate([np.asarray(Image.open(first)), row]) if first.exists() else row).save(file)
+        start = args.out / "grid-0.png"
+        write(file, Image.fromarray(row if file == start else np.concatenate([np.asarray(Image.open(start)), row])))
 
     def evaluate(model):
         if args.eval and rank == 0:
@@ -367,25 +386,28 @@ def main(args):
         return flag.item() > 0
 
     def save(epochs_done):
-        checkpoint = save_checkpoint(args.out, epochs_done, pipe, optimizer, args.lora)
-        grid(args.out / f"grid-{epochs_done}.png")
-        draw_curve(args.out, names)
-        return checkpoint
+        with writing(args.out):
+            grid(args.out / f"grid-{epochs_done}.png")
+            draw_curve(args.out, names)
+            return save_checkpoint(args.out, epochs_done, pipe, optimizer, args.lora)  # last: with it the epoch counts as done
 
     if world > 1:
         dist.barrier()  # every rank has looked at --out before rank 0 writes there
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "args.json", json.dumps(record, indent=1))
-        log = args.out / "metrics.jsonl"
-        lines = log.read_text().splitlines(True)[:start_epoch] if log.exists() else []  # a line per epoch; later ones come again
-        write(log, "".join(lines))
-        print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} timesteps trained; per rank "
-              f"{len(mine) * T} (sample, timestep) pairs in {args.updates} update(s) of {len(mine) * T // args.updates}, {args.batch} per forward; "
-              f"{sum(p.numel() for p in parameters) / 1e6:.2f} M weights trained; epochs {start_epoch} to {args.epochs}")
     empty = encode([""])
-    if rank == 0 and start_epoch == 0:
-        grid(args.out / "grid-0.png")
+    if rank == 0:
+        with writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+            write(args.out / "args.json", json.dumps(record, indent=1))
+            log = args.out / "metrics.jsonl"
+            lines = log.read_text().splitlines(True) if log.exists() else []  # a line per epoch
+            write(log, "".join(lines[:start_epoch]))  # those after the checkpoint come again
+            if start_epoch == 0:
+                grid(args.out / "grid-0.png")
+        print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} timesteps trained; "
+              f"per rank {len(mine) * T} (sample, timestep) pairs in {args.updates} update(s) of {len(mine) * T // args.updates}, "
+              f"{args.batch} per forward; {sum(p.numel() for p in parameters) / 1e6:.2f} M weights trained; "
+              f"epochs {start_epoch} to {args.epochs}")
+    if start_epoch == 0:
         evaluate(path)
 
     done = saved = start_epoch
@@ -460,7 +482,7 @@ def main(args):
                         kls.append(kl.detach() * dimensions)
                     else:
                         kl = kl_k3(log_ratio)
-                        kls.append(kl_k3((new - old).detach() * dimensions))  # in nats: of the summed log-ratio
+                        kls.append(((new - old).detach() * dimensions) ** 2 / 2)  # in nats, of the summed log-ratio, whose k3 overflows
                     objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
                     (-objective * world / pairs_per_update).backward()  # DDP averages over ranks; this makes it the global mean
                 log_ratios.append(log_ratio.detach())
@@ -491,7 +513,7 @@ def main(args):
             "seconds": {phase: round(s, 3) for phase, s in seconds.items()}, "images_per_second": P * G / sum(seconds.values())}
         done = epoch + 1
         if rank == 0:
-            with open(args.out / "metrics.jsonl", "a") as file:
+            with writing(args.out), open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
             if epoch == start_epoch:
                 noise = " ".join(f"{t}:{e:.0e}" for t, e in zip(schedule.t.tolist(), noise_by_step.tolist()))
