@@ -13,6 +13,7 @@ To train on another reward, edit `reward`: it gets images [B, 3, H, W] in [0, 1]
 """
 import argparse
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -78,14 +79,16 @@ def load_hpsv2(name):
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     from transformers.initialization import no_init_weights
     try:
-        state = torch.load(hf_hub_download(*HPS_FILE) if name == "hpsv2" else name, map_location="cpu", weights_only=True)["state_dict"]
+        with warnings.catch_warnings(action="ignore"):  # torch's about an odd pickle, before it refuses it
+            file = hf_hub_download(*HPS_FILE) if name == "hpsv2" else name
+            state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         state = from_openclip(state)
         with no_init_weights():  # a billion random numbers would be overwritten
             clip = CLIPModel(CLIPConfig(**VIT_H_14))
         clip.load_state_dict(state, strict=True)
         tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
     except Exception as e:
-        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({first_line(e)}); give the path to HPS_v2.1_compressed.pt")
+        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({first_line(e).split('. ')[0]}); give the path to HPS_v2.1_compressed.pt")
     return clip.float(), tokenizer, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 

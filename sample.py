@@ -137,7 +137,7 @@ def read_rows(path):
             fail(f"{path}: a row ends before its column 'prompt'")
     elif Path(path).suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.rstrip("\n").split("\n"), 1):  # not splitlines: JSON strings may hold other breaks
+        for number, line in enumerate(text.rstrip("\n").split("\n") if text.strip() else [], 1):  # splitlines breaks at U+2028
             try:
                 rows.append(json.loads(line))
                 assert isinstance(rows[-1]["prompt"], str)
@@ -238,8 +238,10 @@ if __name__ == "__main__":
 
     import diffusers
     scheduler_class = getattr(diffusers, SCHEDULERS.get(args.scheduler, args.scheduler), None)
-    if not hasattr(scheduler_class, "set_timesteps"):
-        fail(f"--scheduler {args.scheduler}: unknown; give one of {', '.join(SCHEDULERS)} or a diffusers scheduler class")
+    try:
+        scheduler_class.set_timesteps
+    except (AttributeError, ImportError) as e:  # no scheduler, or one whose package is missing
+        fail(f"--scheduler {args.scheduler}: {first_line(e)}; give one of {', '.join(SCHEDULERS)} or a diffusers scheduler class")
     for name in ("steps", "batch", "per_prompt", "size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")

@@ -379,11 +379,14 @@ def main(args):
     signals = []
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))  # spot machines: save and stop
 
+    def gather(x):  # [N, ...] of each rank -> [world N, ...] on every rank
+        if world == 1:
+            return x
+        dist.all_gather_into_tensor(everyone := x.new_empty(world * len(x), *x.shape[1:]), x.contiguous())
+        return everyone
+
     def asked_to_stop():  # any rank's signal is every rank's
-        flag = torch.tensor(len(signals), device=device)
-        if world > 1:
-            dist.all_reduce(flag)
-        return flag.item() > 0
+        return bool(gather(torch.tensor([len(signals)], device=device)).any())
 
     def save(epochs_done):
         with writing(args.out):
@@ -452,10 +455,7 @@ def main(args):
             break  # the weights are still those of the last finished epoch
 
         # 3. advantages: over all ranks, so that one rank and many normalise alike
-        everyone = rewards
-        if world > 1:
-            everyone = torch.empty(P, G, device=device)
-            dist.all_gather_into_tensor(everyone, rewards)
+        everyone = gather(rewards)  # [P, G]
         advantages, live = group_advantages(everyone, args.advantage_clip)
         advantages = advantages.flatten()[mine.start:mine.stop]
         pairs_per_update = P * G * T / args.updates  # over all ranks
@@ -500,8 +500,8 @@ def main(args):
         lap("update")
 
         # 5. log, save
-        ratio = torch.cat(log_ratios).exp()
-        kl, norms = torch.cat(kls).mean(), torch.stack(norms)
+        ratio, kl = gather(torch.cat(log_ratios)).exp(), gather(torch.cat(kls)).mean()
+        noise_by_step = gather(noise_by_step[None]).amax(0)
         by_source = {name: [r for r, (s, _) in zip(everyone.mean(1).tolist(), chosen) if names[s] == name] for name in names}
         metrics = {
             "epoch": epoch + 1, "reward": {name: sum(r) / len(r) for name, r in by_source.items() if r},
@@ -509,7 +509,7 @@ def main(args):
             "unsafe_prompts": (text_safety(z_text, v) < 0).float().mean().item(),
             "ratio_min": ratio.min().item(), "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
             "clip_low": (ratio < 1 - args.clip).float().mean().item(), "clip_high": (ratio > 1 + args.clip).float().mean().item(),
-            "on_policy_noise": noise_by_step.max().item(), "kl": kl.item(), "grad_norm": norms.mean().item(),
+            "on_policy_noise": noise_by_step.max().item(), "kl": kl.item(), "grad_norm": torch.stack(norms).mean().item(),
             "seconds": {phase: round(s, 3) for phase, s in seconds.items()}, "images_per_second": P * G / sum(seconds.values())}
         done = epoch + 1
         if rank == 0:
