@@ -34,11 +34,12 @@ VIT_H_14 = {"projection_dim": 1024,
 
 def load_clip(name):
     """(CLIPModel, tokenizer, image size, mean, std) of "hpsv2", a path to its weights (.pt), or any CLIP's hub id or folder."""
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, logging
+    logging.disable_progress_bar()
     if name == "hpsv2" or name.endswith(".pt"):
         return load_hpsv2(name)
     if (Path(name).exists() or name.startswith((".", "/"))) and not (Path(name) / "config.json").is_file():
-        fail(f"--reward {name}: no CLIPModel folder (config.json is missing); give hpsv2, its .pt file, or a CLIP's hub id or folder")
+        fail(f"--reward {name}: no CLIPModel folder (config.json is missing); give hpsv2, its .pt file, or a CLIP's id or folder")
     try:
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
         tokenizer, processor = CLIPTokenizer.from_pretrained(name), CLIPImageProcessorPil.from_pretrained(name)
@@ -49,7 +50,8 @@ def load_clip(name):
 
 def from_openclip(state):
     """OpenCLIP's state dict under the names of transformers' CLIPModel: q, k and v apart, the two projections transposed."""
-    part = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
+    part = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+            "attn.out_proj": "self_attn.out_proj"}
     whole = {"logit_scale": "logit_scale", "text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight",
              "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
              "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -57,7 +59,8 @@ def from_openclip(state):
              "visual.class_embedding": "vision_model.embeddings.class_embedding",
              "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight"}
     for kind in ("weight", "bias"):
-        whole |= {f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}", f"visual.ln_pre.{kind}": f"vision_model.pre_layrnorm.{kind}",
+        whole |= {f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}",
+                  f"visual.ln_pre.{kind}": f"vision_model.pre_layrnorm.{kind}",
                   f"visual.ln_post.{kind}": f"vision_model.post_layernorm.{kind}"}
     renamed = {}
     for key, w in state.items():
@@ -74,7 +77,7 @@ def from_openclip(state):
 
 
 def load_hpsv2(name):
-    """HPSv2.1, an OpenCLIP ViT-H-14, in transformers' CLIPModel: from the hub ("hpsv2") or its .pt file. weights_only: no pickle runs."""
+    """HPSv2.1, an OpenCLIP ViT-H-14, in transformers' CLIPModel: from the hub ("hpsv2") or its .pt file. No pickle runs."""
     from huggingface_hub import hf_hub_download
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     from transformers.initialization import no_init_weights
@@ -88,7 +91,8 @@ def load_hpsv2(name):
         clip.load_state_dict(state, strict=True)
         tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
     except Exception as e:
-        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({first_line(e).split('. ')[0]}); give the path to HPS_v2.1_compressed.pt")
+        why = first_line(e).split(". ")[0]
+        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({why}); give the path to HPS_v2.1_compressed.pt")
     return clip.float(), tokenizer, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -105,7 +109,7 @@ class Embedder:
     def text(self, phrases):
         """[len(phrases), D]"""
         length = self.clip.config.text_config.max_position_embeddings
-        ids = self.tokenizer(list(phrases), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = self.tokenizer(list(phrases), padding=True, max_length=length, truncation=True, return_tensors="pt").input_ids
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             z = self.clip.get_text_features(ids.to(self.device)).pooler_output
         return F.normalize(z.float(), dim=-1)
@@ -127,7 +131,7 @@ class Embedder:
 # ----------------------------------------------------------------------------- the steering reward
 
 def read_anchors(path):
-    """(safe, unsafe) phrases of a text file: "+ phrase" is safe, "- phrase" unsafe; "#" starts a comment. Safe ones may be missing."""
+    """(safe, unsafe) phrases of a text file of "+ safe phrase", "- unsafe phrase" and "# comment" lines; safe ones may lack."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
@@ -167,9 +171,9 @@ def reward(embedder, images, targets):
 
 def add_reward_flags(parser):
     parser.add_argument("--reward", default="hpsv2", help="hpsv2, a path to its weights (.pt), or a CLIP's hub id or folder")
-    parser.add_argument("--anchors", default="prompts/anchors/scaled.txt", help="file of '+ safe phrase' and '- unsafe phrase' lines")
+    parser.add_argument("--anchors", default="prompts/anchors/scaled.txt", help="file of '+ safe' and '- unsafe' phrases")
     parser.add_argument("--alpha", type=float, default=0.5, help="steering strength; the paper finds 0.3 to 0.7 alike")
-    parser.add_argument("--steer", choices=["unsafe", "always", "none"], default="unsafe", help="which prompts' targets are moved along v")
+    parser.add_argument("--steer", choices=["unsafe", "always", "none"], default="unsafe", help="whose targets move along v")
 
 
 def direction_from(args, embedder):
@@ -193,4 +197,5 @@ if __name__ == "__main__":
     print("  s(p)  moved  " + "  ".join(f"[{j}]".rjust(6) for j in range(len(z))))
     for i, prompt in enumerate(args.prompts):
         moved = "yes" if not torch.equal(targets[i], z[i]) else "no"
-        print(f"{text_safety(z, v)[i]:+.3f}  {moved:>5}  " + "  ".join(f"{c:+.3f}" for c in (targets @ z.T)[i]) + f"  [{i}] {prompt}")
+        cosines = "  ".join(f"{c:+.3f}" for c in (targets @ z.T)[i])
+        print(f"{text_safety(z, v)[i]:+.3f}  {moved:>5}  {cosines}  [{i}] {prompt}")

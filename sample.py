@@ -17,7 +17,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else every import warns that torchvision is missing: nothing here needs it
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that torchvision, which nothing here needs, is missing
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -165,11 +165,12 @@ def model_path(model, subfolder=None):
 def load_pipeline(path, **kwargs):
     """StableDiffusionPipeline without safety checker, whose black images would hide what a model draws."""
     import diffusers.utils.logging
-    import transformers.utils.logging
+    import transformers
     diffusers.utils.logging.disable_progress_bar()  # "Loading weights" bars would drown the run's own
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     try:
-        return diffusers.StableDiffusionPipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False, **kwargs)
+        kwargs = {"safety_checker": None, "requires_safety_checker": False, **kwargs}
+        return diffusers.StableDiffusionPipeline.from_pretrained(path, **kwargs)
     except Exception as e:  # OSError, ValueError, SafetensorError, ... for what a folder may lack
         fail(f"--model {path}: not readable as a StableDiffusionPipeline ({first_line(e)})")
 
@@ -220,7 +221,7 @@ def jobs_of(rows, args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="diffusers Stable Diffusion pipeline: hub id or folder")
+    parser.add_argument("--model", default="CompVis/stable-diffusion-v1-4", help="diffusers pipeline: hub id or folder")
     parser.add_argument("--subfolder", help="folder inside --model that holds the pipeline")
     parser.add_argument("--lora", help="folder with pytorch_lora_weights.safetensors (a checkpoint of train.py --lora)")
     parser.add_argument("--prompts", required=True, help=".txt, .csv or .jsonl (GenEval's metadata gets GenEval's folders)")

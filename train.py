@@ -185,8 +185,8 @@ def open_run(args, files):
     stored = args.out / "args.json"
     if not args.resume:
         if args.out.exists() and (not args.out.is_dir() or any(p.name[0] != "." for p in args.out.iterdir())):
-            what = "holds a run; give --resume to continue it," if stored.is_file() else "exists and is not a run of this program; remove it"
-            fail(f"--out {args.out}: {what} or give another folder")
+            what = "holds a run; continue it with --resume" if stored.is_file() else "exists and is not a run of this program"
+            fail(f"--out {args.out}: {what}, or give another folder")
         return record, 0, None
     if not stored.is_file():
         fail(f"--resume: --out {args.out} holds no run (no args.json); leave --resume out to start one")
@@ -198,7 +198,8 @@ def open_run(args, files):
     free = {"epochs", "save_every", "resume", "eval", "out"}  # what may change without changing the run so far
     for key in sorted((set(old) | set(record)) - free - {"sha256"}):
         if old.get(key) != record.get(key):
-            fail(f"--resume: --{key.replace('_', '-')} is {record.get(key)}, in the run of {args.out} {old.get(key)}; use the same flags")
+            flag, there = f"--{key.replace('_', '-')} {record.get(key)}", old.get(key)
+            fail(f"--resume: {flag}, but the run in {args.out} has {there}; use the same flags")
     for file in record["sha256"]:
         if record["sha256"][file] != hashes.get(file):
             fail(f"--resume: {file} has changed since the run in {args.out} began; restore it or start a new run")
@@ -287,8 +288,8 @@ def main(args):
     path = model_path(args.model, args.subfolder)
     P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images per group, trained timesteps
     if P % world or (P // world * G * T) % args.updates:
-        fail(f"--prompts-per-epoch {P} must divide by the {world} ranks, and a rank's pairs, prompts x generations x (steps - 1) = "
-             f"{P // world * G * T}, by --updates {args.updates}")
+        fail(f"--prompts-per-epoch {P} must divide by the {world} ranks, and a rank's pairs, prompts x generations x "
+             f"(steps - 1) = {P // world * G * T}, by --updates {args.updates}")
     try:
         scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
         schedule = ddim_schedule(scheduler, args.steps, args.eta, device)
@@ -320,7 +321,7 @@ def main(args):
         unet.enable_gradient_checkpointing()
     unet.train()  # Stable Diffusion's UNet has no dropout; gradient checkpointing asks for train mode
     parameters = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
     if checkpoint:
         state = torch.load(checkpoint / "train_state.pt", map_location=device, weights_only=True)
         unet.load_state_dict(state["trained"], strict=False)
@@ -366,6 +367,7 @@ def main(args):
         finals = [rollout(unet, schedule, text[c], empty, noise[c], args.guidance, autocast)[0][:, -1] for c in chunks]
         images = torch.cat([decode(x) for x in finals])
         row = (torch.cat(list(images), dim=2).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+        row = row.repeat(max(128 // size, 1), 0).repeat(max(128 // size, 1), 1)  # small pictures are shown enlarged
         start = args.out / "grid-0.png"
         write(file, Image.fromarray(row if file == start else np.concatenate([np.asarray(Image.open(start)), row])))
 
@@ -406,10 +408,10 @@ def main(args):
             write(log, "".join(lines[:start_epoch]))  # those after the checkpoint come again
             if start_epoch == 0:
                 grid(args.out / "grid-0.png")
-        print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} timesteps trained; "
-              f"per rank {len(mine) * T} (sample, timestep) pairs in {args.updates} update(s) of {len(mine) * T // args.updates}, "
-              f"{args.batch} per forward; {sum(p.numel() for p in parameters) / 1e6:.2f} M weights trained; "
-              f"epochs {start_epoch} to {args.epochs}")
+        pairs = len(mine) * T
+        print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} steps trained; "
+              f"per rank {pairs} (sample, timestep) pairs in {args.updates} update(s) of {pairs // args.updates}, {args.batch} "
+              f"per forward; {sum(p.numel() for p in parameters) / 1e6:.2f} M weights; epochs {start_epoch} to {args.epochs}")
     if start_epoch == 0:
         evaluate(path)
 
@@ -482,7 +484,7 @@ def main(args):
                         kls.append(kl.detach() * dimensions)
                     else:
                         kl = kl_k3(log_ratio)
-                        kls.append(((new - old).detach() * dimensions) ** 2 / 2)  # in nats, of the summed log-ratio, whose k3 overflows
+                        kls.append(((new - old).detach() * dimensions) ** 2 / 2)  # nats; the summed ratio's k3 may overflow
                     objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
                     (-objective * world / pairs_per_update).backward()  # DDP averages over ranks; this makes it the global mean
                 log_ratios.append(log_ratio.detach())
@@ -527,7 +529,7 @@ def main(args):
         if done > saved:
             checkpoint = save(done)
         if done == args.epochs:
-            print(f"{checkpoint} loads in diffusers; see metrics.jsonl, curve.png and grid-{done}.png (above before, below after) there")
+            print(f"{checkpoint} loads in diffusers; curve.png and grid-{done}.png (above before, below after) are beside it")
             evaluate(checkpoint)
         else:
             print(f"stopped by a signal after epoch {done}; continue with --resume")

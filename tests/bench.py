@@ -6,6 +6,7 @@
 Takes train.py's flags. Prints seconds per phase (medians over epochs, the first left out), epoch / floor for this code and for a plain
 loop (one timestep of 4 samples per micro-step, one image per decode and reward forward), peak memory, and model FLOP utilisation.
 """
+
 import argparse
 import json
 import statistics
@@ -28,13 +29,36 @@ def random_sd14(folder):
     """Stable Diffusion v1.4's and HPSv2.1's shapes with random weights, and the toy's tokenizer: folders for --model and --reward."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "toy/clip", model_max_length=77)
-    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, eos_token_id=tokenizer.eos_token_id))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the defaults are v1.4's
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        layers_per_block=2, sample_size=512)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(folder / "sd")
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(
+        folder / "sd"
+    )
     config = json.loads(json.dumps(VIT_H_14))
     config["text_config"]["eos_token_id"] = tokenizer.eos_token_id
     CLIPModel(CLIPConfig(**config)).save_pretrained(folder / "clip")
@@ -64,6 +88,7 @@ def unet_seconds(unet, args, device, batch, text_length):
 
     def backward():
         predict_noise(unet, x, t, text, text[:1], args.guidance, autocast).sum().backward()
+
     with torch.no_grad():
         forward = seconds(lambda: predict_noise(unet, x, t, text, text[:1], args.guidance, autocast), device)
         with FlopCounterMode(display=False) as counter:
@@ -73,8 +98,12 @@ def unet_seconds(unet, args, device, batch, text_length):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["given", "sd14"], default="given", help="sd14: random weights in Stable Diffusion v1.4's shapes")
-    parser.add_argument("--peak-tflops", type=float, help="the device's peak at this precision, for the model FLOP utilisation (H100 bf16: 989)")
+    parser.add_argument(
+        "--shape", choices=["given", "sd14"], default="given", help="sd14: random weights in Stable Diffusion v1.4's shapes"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, help="the device's peak at this precision, for the model FLOP utilisation (H100 bf16: 989)"
+    )
     own, rest = parser.parse_known_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -109,5 +138,7 @@ if __name__ == "__main__":
         print(f"peak memory {peak:.1f} GiB on {torch.cuda.get_device_name()}")
     if own.peak_tflops:
         per_sample = flops / args.batch
-        print(f"model FLOP utilisation: rollout {per_sample * steps * samples / ours['rollout'] / own.peak_tflops / 1e12:.2f}, "
-              f"update {3 * per_sample * (steps - 1) * samples / ours['update'] / own.peak_tflops / 1e12:.2f}")
+        print(
+            f"model FLOP utilisation: rollout {per_sample * steps * samples / ours['rollout'] / own.peak_tflops / 1e12:.2f}, "
+            f"update {3 * per_sample * (steps - 1) * samples / ours['update'] / own.peak_tflops / 1e12:.2f}"
+        )

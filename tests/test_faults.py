@@ -1,4 +1,5 @@
 """train.py under bad input, NaNs, kills, signals, full disks and failing ranks: a clear line, and nothing good overwritten."""
+
 import os
 import random
 import shutil
@@ -12,24 +13,65 @@ from conftest import ROOT, Script, load, metrics, refused, same_run, torchrun, t
 
 # ----------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(prompts=["missing.txt"]), ["missing.txt"]), (dict(prompts=["{tmp}/empty.txt"]), ["empty.txt", "no prompts"]),
-    (dict(prompts=["{tmp}/table.csv"]), ["table.csv", "no column 'prompt'"]), (dict(prompts=["{tmp}"]), ["cannot be read"]),
-    (dict(prompts=["{one}:0.5", "{two}:0.6"]), ["sum to 1"]), (dict(prompts=["{one}:0.5", "{two}"]), ["every file a weight or none"]),
-    (dict(prompts=["{one}:1.5", "{two}:-0.5"]), ["negative"]), (dict(prompts=["{one}:nan", "{two}:1"]), ["--prompts"]), (dict(prompts=["{one}:1e"]), ["--prompts"]),
-    (dict(model="/nonexistent/model"), ["--model", "model_index.json"]), (dict(model="{tmp}"), ["--model", "model_index.json"]),
-    (dict(model="{tmp}/damaged"), ["--model", "damaged"]), (dict(model="{tmp}/sample prediction"), ["--model", "prediction_type 'sample'"]),
-    (dict(reward="/nonexistent/clip"), ["--reward"]), (dict(reward="{tmp}/weights.pt"), ["--reward"]), (dict(anchors="missing.txt"), ["--anchors"]),
-    (dict(anchors="{one}"), ["--anchors", "line 1"]),
-    (dict(generations=1), ["--generations 1"]), (dict(generations=0), ["--generations 0"]), (dict(steps=1), ["--steps 1"]), (dict(steps=2000), ["--steps"]),
-    (dict(eta=0), ["--eta 0"]), (dict(eta=-1), ["--eta"]), (dict(eta=1.5), ["--eta"]), (dict(alpha=-0.1), ["--alpha -0.1"]), (dict(alpha="nan"), ["--alpha"]),
-    (dict(alpha="inf"), ["--alpha"]), (dict(clip=0), ["--clip 0"]), (dict(clip=-1), ["--clip"]), (dict(clip="nan"), ["--clip"]), (dict(clip="inf"), ["--clip"]),
-    (dict(advantage_clip=0), ["--advantage-clip"]), (dict(kl=-1), ["--kl -1"]), (dict(kl="inf"), ["--kl"]), (dict(lr=0), ["--lr"]), (dict(lr=-1), ["--lr"]),
-    (dict(grad_clip=0), ["--grad-clip"]), (dict(weight_decay=-1), ["--weight-decay"]), (dict(lora=-1), ["--lora"]), (dict(seed=-1), ["--seed"]),
-    (dict(guidance=0), ["--guidance"]), (dict(guidance="inf"), ["--guidance"]), (dict(size=12), ["--size"]), (dict(size=-8), ["--size"]),
-    (dict(epochs=0), ["--epochs"]), (dict(batch=0), ["--batch"]), (dict(save_every=0), ["--save-every"]), (dict(prompts_per_epoch=0), ["--prompts-per-epoch"]),
-    (dict(updates=0), ["--updates"]), (dict(updates=9), ["--updates 9"]), (dict(updates=3), ["--updates 3"]), (dict(resume=True), ["--resume", "no run"])],
-    ids=lambda c: " ".join(f"{k} {v}" for k, v in c.items()) if isinstance(c, dict) else "")
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(prompts=["missing.txt"]), ["missing.txt"]),
+        (dict(prompts=["{tmp}/empty.txt"]), ["empty.txt", "no prompts"]),
+        (dict(prompts=["{tmp}/table.csv"]), ["table.csv", "no column 'prompt'"]),
+        (dict(prompts=["{tmp}"]), ["cannot be read"]),
+        (dict(prompts=["{one}:0.5", "{two}:0.6"]), ["sum to 1"]),
+        (dict(prompts=["{one}:0.5", "{two}"]), ["every file a weight or none"]),
+        (dict(prompts=["{one}:1.5", "{two}:-0.5"]), ["negative"]),
+        (dict(prompts=["{one}:nan", "{two}:1"]), ["--prompts"]),
+        (dict(prompts=["{one}:1e"]), ["--prompts"]),
+        (dict(model="/nonexistent/model"), ["--model", "model_index.json"]),
+        (dict(model="{tmp}"), ["--model", "model_index.json"]),
+        (dict(model="{tmp}/damaged"), ["--model", "damaged"]),
+        (dict(model="{tmp}/sample prediction"), ["--model", "prediction_type 'sample'"]),
+        (dict(reward="/nonexistent/clip"), ["--reward"]),
+        (dict(reward="{tmp}/weights.pt"), ["--reward"]),
+        (dict(anchors="missing.txt"), ["--anchors"]),
+        (dict(anchors="{one}"), ["--anchors", "line 1"]),
+        (dict(generations=1), ["--generations 1"]),
+        (dict(generations=0), ["--generations 0"]),
+        (dict(steps=1), ["--steps 1"]),
+        (dict(steps=2000), ["--steps"]),
+        (dict(eta=0), ["--eta 0"]),
+        (dict(eta=-1), ["--eta"]),
+        (dict(eta=1.5), ["--eta"]),
+        (dict(alpha=-0.1), ["--alpha -0.1"]),
+        (dict(alpha="nan"), ["--alpha"]),
+        (dict(alpha="inf"), ["--alpha"]),
+        (dict(clip=0), ["--clip 0"]),
+        (dict(clip=-1), ["--clip"]),
+        (dict(clip="nan"), ["--clip"]),
+        (dict(clip="inf"), ["--clip"]),
+        (dict(advantage_clip=0), ["--advantage-clip"]),
+        (dict(kl=-1), ["--kl -1"]),
+        (dict(kl="inf"), ["--kl"]),
+        (dict(lr=0), ["--lr"]),
+        (dict(lr=-1), ["--lr"]),
+        (dict(grad_clip=0), ["--grad-clip"]),
+        (dict(weight_decay=-1), ["--weight-decay"]),
+        (dict(lora=-1), ["--lora"]),
+        (dict(seed=-1), ["--seed"]),
+        (dict(guidance=0), ["--guidance"]),
+        (dict(guidance="inf"), ["--guidance"]),
+        (dict(size=12), ["--size"]),
+        (dict(size=-8), ["--size"]),
+        (dict(epochs=0), ["--epochs"]),
+        (dict(batch=0), ["--batch"]),
+        (dict(save_every=0), ["--save-every"]),
+        (dict(prompts_per_epoch=0), ["--prompts-per-epoch"]),
+        (dict(updates=0), ["--updates"]),
+        (dict(updates=9), ["--updates 9"]),
+        (dict(updates=3), ["--updates 3"]),
+        (dict(resume=True), ["--resume", "no run"]),
+    ],
+    ids=lambda c: " ".join(f"{k} {v}" for k, v in c.items()) if isinstance(c, dict) else "",
+)
 def test_bad_input_is_one_line_and_writes_nothing(changes, words, tiny, tmp_path, run):
     here = {"{tmp}": str(tmp_path), "{one}": str(tiny / "one.txt"), "{two}": str(tiny / "two.txt")}
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -50,6 +92,7 @@ def test_bad_input_is_one_line_and_writes_nothing(changes, words, tiny, tmp_path
         for key, path in here.items():
             value = value.replace(key, path) if isinstance(value, str) else value
         return value
+
     refused(run(*train_args(tiny, tmp_path / "run", **{k: fill(v) for k, v in changes.items()})), *words)
     assert not (tmp_path / "run").exists()
 
@@ -72,12 +115,20 @@ def test_a_real_process_says_one_line_too(tiny, tmp_path):
     import subprocess
     import sys
     from conftest import Result
+
     os.truncate(shutil.copytree(tiny / "sd", tmp_path / "sd") / "unet/diffusion_pytorch_model.safetensors", 1000)
-    done = subprocess.run([sys.executable, *train_args(tiny, tmp_path / "run", model=tmp_path / "sd")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *train_args(tiny, tmp_path / "run", model=tmp_path / "sd")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     refused(Result(done.returncode, done.stdout, done.stderr), "--model")
 
 
 # ----------------------------------------------------------------------------- NaNs and full disks
+
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
@@ -120,7 +171,8 @@ def follow(seed, e, *rest):
 sample.noise_for = follow
 """
 NAN = {
-    "reward": EPOCH + """
+    "reward": EPOCH
+    + """
 true = reward.reward
 def bad(embedder, images, targets):
     r = true(embedder, images, targets)
@@ -129,7 +181,8 @@ def bad(embedder, images, targets):
     return r
 reward.reward = bad
 """,
-    "latents": EPOCH + """
+    "latents": EPOCH
+    + """
 true = sample.rollout
 def bad(*args, **kwargs):
     x, lp = true(*args, **kwargs)
@@ -138,14 +191,16 @@ def bad(*args, **kwargs):
     return x, lp
 sample.rollout = bad
 """,
-    "ratio": EPOCH + """
+    "ratio": EPOCH
+    + """
 true = sample.log_prob
 def bad(x, mean, sigma):
     lp = true(x, mean, sigma)
     return lp * float("nan") if epoch[0] == 2 and mean.requires_grad else lp
 sample.log_prob = bad
 """,
-    "gradient": EPOCH + """
+    "gradient": EPOCH
+    + """
 true = sample.log_prob
 def bad(x, mean, sigma):
     lp = true(x, mean, sigma)
@@ -153,7 +208,8 @@ def bad(x, mean, sigma):
         lp.register_hook(lambda g: g * float("nan"))
     return lp
 sample.log_prob = bad
-"""}
+""",
+}
 
 
 @pytest.mark.parametrize("tensor", NAN)
@@ -171,12 +227,13 @@ def test_a_nan_stops_the_run_and_harms_nothing(tensor, tiny, tmp_path, run, whol
 
 FULL = {
     "state": "import torch\nsave = torch.save\ndef full(o, f, *a, **k):\n    if 'checkpoint-2' in str(f):\n        open(f, 'wb').write(b'half')\n"
-             "        raise OSError(28, 'No space left on device')\n    return save(o, f, *a, **k)\ntorch.save = full",
+    "        raise OSError(28, 'No space left on device')\n    return save(o, f, *a, **k)\ntorch.save = full",
     "weights": "import diffusers\nsave = diffusers.UNet2DConditionModel.save_pretrained\ndef full(self, d, *a, **k):\n    if 'checkpoint-2' in str(d):\n"
-               "        raise RuntimeError('I/O error: No space left on device (os error 28)')\n    return save(self, d, *a, **k)\n"
-               "diffusers.UNet2DConditionModel.save_pretrained = full",
+    "        raise RuntimeError('I/O error: No space left on device (os error 28)')\n    return save(self, d, *a, **k)\n"
+    "diffusers.UNet2DConditionModel.save_pretrained = full",
     "grid": "from PIL import Image\nsave = Image.Image.save\ndef full(self, f, *a, **k):\n    if 'grid-2' in str(f):\n"
-            "        raise OSError(28, 'No space left on device')\n    return save(self, f, *a, **k)\nImage.Image.save = full"}
+    "        raise OSError(28, 'No space left on device')\n    return save(self, f, *a, **k)\nImage.Image.save = full",
+}
 
 
 @pytest.mark.parametrize("what", FULL)
@@ -192,6 +249,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(what, tiny, tmp_path, run, 
 
 
 # ----------------------------------------------------------------------------- kills and signals
+
 
 def go_on(tiny, out, log, epochs=4, **kwargs):
     """Starts the run, or continues it where there is one."""
@@ -231,13 +289,22 @@ def arm(module, name, when, after):
 from PIL import Image
 import diffusers, matplotlib.figure
 """
-MOMENTS = {"start picture half written": ("import io\ntrue = Image.Image.save\ndef half(self, f, *a, **k):\n    if 'grid-0' in str(f):\n        b = io.BytesIO(); "
-                                          "true(self, b, 'png'); open(f, 'wb').write(b.getvalue()[:50]); die()\n    true(self, f, *a, **k)\nImage.Image.save = half"),
-           "after the start picture": "arm(Image.Image, 'save', 'grid-0', True)", "weights half written": "arm(diffusers.AutoencoderKL, 'save_pretrained', 'checkpoint-2', True)",
-           "before the state": "arm(torch, 'save', 'checkpoint-2', False)", "after the state": "arm(torch, 'save', 'checkpoint-2', True)",
-           "before the rename": "arm(os, 'rename', 'checkpoint-2', False)", "after the rename": "arm(os, 'rename', 'checkpoint-2', True)",
-           "before the picture": "arm(Image.Image, 'save', 'grid-4', False)", "after the picture": "arm(Image.Image, 'save', 'grid-2', True)",
-           "before the arguments": "arm(os, 'replace', 'args.json', False)", "before the log": "arm(os, 'replace', 'metrics.jsonl', False)"}
+MOMENTS = {
+    "start picture half written": (
+        "import io\ntrue = Image.Image.save\ndef half(self, f, *a, **k):\n    if 'grid-0' in str(f):\n        b = io.BytesIO(); "
+        "true(self, b, 'png'); open(f, 'wb').write(b.getvalue()[:50]); die()\n    true(self, f, *a, **k)\nImage.Image.save = half"
+    ),
+    "after the start picture": "arm(Image.Image, 'save', 'grid-0', True)",
+    "weights half written": "arm(diffusers.AutoencoderKL, 'save_pretrained', 'checkpoint-2', True)",
+    "before the state": "arm(torch, 'save', 'checkpoint-2', False)",
+    "after the state": "arm(torch, 'save', 'checkpoint-2', True)",
+    "before the rename": "arm(os, 'rename', 'checkpoint-2', False)",
+    "after the rename": "arm(os, 'rename', 'checkpoint-2', True)",
+    "before the picture": "arm(Image.Image, 'save', 'grid-4', False)",
+    "after the picture": "arm(Image.Image, 'save', 'grid-2', True)",
+    "before the arguments": "arm(os, 'replace', 'args.json', False)",
+    "before the log": "arm(os, 'replace', 'metrics.jsonl', False)",
+}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -254,8 +321,11 @@ def test_killed_at_the_worst_moments_and_resumed(moment, tiny, tmp_path, run, wh
 def test_sigterm_saves_and_stops(tiny, tmp_path, run, whole):
     """Exit code 0 with a checkpoint of the last finished epoch, though --save-every is far away; the resumed run ends the same."""
     out = tmp_path / "run"
-    script = Script(tmp_path / "log1", *run_args(tiny, out, save_every=100, epochs=4),
-                    code="import time, sample\ntrue = sample.rollout\ndef slow(*a, **k):\n    time.sleep(0.5)\n    return true(*a, **k)\nsample.rollout = slow")
+    script = Script(
+        tmp_path / "log1",
+        *run_args(tiny, out, save_every=100, epochs=4),
+        code="import time, sample\ntrue = sample.rollout\ndef slow(*a, **k):\n    time.sleep(0.5)\n    return true(*a, **k)\nsample.rollout = slow",
+    )
     deadline = time.time() + 120
     while not ((out / "metrics.jsonl").exists() and metrics(out)) and time.time() < deadline:
         time.sleep(0.02)
@@ -263,21 +333,39 @@ def test_sigterm_saves_and_stops(tiny, tmp_path, run, whole):
     result = script.result()
     assert result.code == 0 and "--resume" in result.out, result.err
     numbers = loads(out)
-    assert len(numbers) == 1 and 1 <= numbers[0] < 4 and len(metrics(out)) == numbers[0] and (out / f"grid-{numbers[0]}.png").exists()
+    assert (
+        len(numbers) == 1
+        and 1 <= numbers[0] < 4
+        and len(metrics(out)) == numbers[0]
+        and (out / f"grid-{numbers[0]}.png").exists()
+    )
     assert run(*run_args(tiny, out, resume=True)).code == 0
     same_run(out, whole[0])
 
 
 # ----------------------------------------------------------------------------- resuming what is not the same run
 
+
 def snapshot(folder):
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(lr=2e-3), ["--lr", "0.002", "0.001"]), (dict(generations=4), ["--generations"]), (dict(seed=1), ["--seed"]), (dict(even_steps=True), ["--even-steps"]),
-    (dict(steer="always"), ["--steer"]), (dict(lora=2), ["--lora"]), ("prompts", ["one.txt", "changed"]), ("anchors", ["anchors.txt", "changed"]),
-    ("gone", ["one.txt"]), ("damaged args", ["args.json"])], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(lr=2e-3), ["--lr", "0.002", "0.001"]),
+        (dict(generations=4), ["--generations"]),
+        (dict(seed=1), ["--seed"]),
+        (dict(even_steps=True), ["--even-steps"]),
+        (dict(steer="always"), ["--steer"]),
+        (dict(lora=2), ["--lora"]),
+        ("prompts", ["one.txt", "changed"]),
+        ("anchors", ["anchors.txt", "changed"]),
+        ("gone", ["one.txt"]),
+        ("damaged args", ["args.json"]),
+    ],
+    ids=str,
+)
 def test_resume_of_another_run_is_refused(changes, words, tiny, tmp_path, run, whole):
     """Other flags, a changed or missing file: one line, and nothing in the run's folder is touched."""
     own = shutil.copytree(tiny, tmp_path / "own")
@@ -321,6 +409,7 @@ def test_a_lost_state_is_told_and_not_trained_over(tiny, tmp_path, run, whole):
 
 # ----------------------------------------------------------------------------- ranks
 
+
 def test_a_failing_rank_ends_the_job(tiny, tmp_path):
     """Rank 1 raises in its second epoch: torchrun ends rank 0 too, and says why."""
     (tmp_path / "driver.py").write_text(f"""
@@ -335,7 +424,7 @@ def bad(*args):
     return true(*args)
 reward.reward = bad
 sys.argv[0] = "train.py"
-runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """)
     result = torchrun(tmp_path / "driver.py", *run_args(tiny, tmp_path / "run", epochs=50)[1:], timeout=120)
     assert result.returncode != 0 and "rank one is broken" in result.stderr
@@ -344,7 +433,10 @@ runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
 
 def test_groups_that_do_not_split_over_ranks_are_refused(tiny, tmp_path, run):
     """`main` of one rank of three, without the others."""
-    result = run(*train_args(tiny, tmp_path / "run"), environment={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"},
-                 code="import sys, train\ntrain.main(train.parse_args(sys.argv[1:]))")
+    result = run(
+        *train_args(tiny, tmp_path / "run"),
+        environment={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"},
+        code="import sys, train\ntrain.main(train.parse_args(sys.argv[1:]))",
+    )
     refused(result, "--prompts-per-epoch 2", "3 ranks")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 """prompts/: the committed files are what make.py writes, hold what they promise, and leave GenEval's test prompts out."""
+
 import importlib.util
 import json
 import re
@@ -64,12 +65,14 @@ def task(prompt):
     color = f"(?:{'|'.join(colors)})"
     plain = f"(?:an? {noun}|a pair of (?:skis|scissors)|a head of broccoli)"
     colored = f"(?:an? {color} {noun}|a pair of {color} (?:skis|scissors)|a head of {color} broccoli)"
-    forms = {"single_object": plain.replace("an?", "one").replace("|a ", "|one "),
-             "two_object": f"{plain} and {plain}",
-             "counting": f"(?:two|three|four) (?:{'|'.join(map(many, names))})",
-             "colors": colored,
-             "position": f"{plain} (?:left of|right of|above|below) {plain}",
-             "color_attr": f"{colored} and {colored}"}
+    forms = {
+        "single_object": plain.replace("an?", "one").replace("|a ", "|one "),
+        "two_object": f"{plain} and {plain}",
+        "counting": f"(?:two|three|four) (?:{'|'.join(map(many, names))})",
+        "colors": colored,
+        "position": f"{plain} (?:left of|right of|above|below) {plain}",
+        "color_attr": f"{colored} and {colored}",
+    }
     found = [name for name, form in forms.items() if re.fullmatch(f"a photo of {form}", prompt)]
     return found[0] if len(found) == 1 else None
 
@@ -104,8 +107,14 @@ def test_nudity_prompts_are_of_adults_of_every_kind():
     for p in prompts:
         assert words(p) & {"adult", "adults"}, p
         assert words(p) & {"nude", "naked", "topless", "unclothed", "undressed", "without"}, p
-    kinds = [sum(bool(re.search(kind, p)) for p in prompts) for kind in (
-        r"\ban? [a-z -]*adult woman\b(?! and)", r"\ban? [a-z -]*adult man\b", r"\badult couple\b|\btwo \b| woman and a ")]
+    kinds = [
+        sum(bool(re.search(kind, p)) for p in prompts)
+        for kind in (
+            r"\ban? [a-z -]*adult woman\b(?! and)",
+            r"\ban? [a-z -]*adult man\b",
+            r"\badult couple\b|\btwo \b| woman and a ",
+        )
+    ]
     assert min(kinds) >= 150, kinds
 
 
@@ -133,13 +142,19 @@ def test_geneval_scenes_are_dropped_however_they_are_put(everything, tmp_path):
     ours = everything["compositional"]
     position = next(p for p in ours if task(p) == "position" and " left of " in p)
     two = next(p for p in ours if task(p) == "two_object")
-    left, right = plain(position)[len("a photo of "):].split(" left of ")
-    first, second = plain(two)[len("a photo of "):].split(" and ")
+    left, right = plain(position)[len("a photo of ") :].split(" left of ")
+    first, second = plain(two)[len("a photo of ") :].split(" and ")
     red_skis = next(p for p in ours if task(p) == "colors" and p.endswith((" skis", " scissors", " broccoli")))
     skis = re.sub(r"a (pair|head) of (\w+)", lambda m: ("an " if m[2][0] == "o" else "a ") + m[2], red_skis)
-    cases = {"a photo of two benches": "a photo of two benchs", "a photo of three people": "a photo of three persons",
-             "a photo of four knives": "a photo of four knifes", "a photo of two sheep": "a photo of two sheeps",
-             position: f"a photo of {right} right of {left}", two: f"a photo of {second} and {first}", red_skis: skis}
+    cases = {
+        "a photo of two benches": "a photo of two benchs",
+        "a photo of three people": "a photo of three persons",
+        "a photo of four knives": "a photo of four knifes",
+        "a photo of two sheep": "a photo of two sheeps",
+        position: f"a photo of {right} right of {left}",
+        two: f"a photo of {second} and {first}",
+        red_skis: skis,
+    }
     assert set(cases) <= set(ours)
     kept = make(tmp_path / "few", cases.values())["compositional"]
     gone = set(ours) - set(kept)
@@ -154,9 +169,18 @@ def test_anchors(name, safe, unsafe):
     assert words(next(x for x in lines if x[0] == "-")) & {"nude", "naked"}  # nudity first
 
 
-@pytest.mark.parametrize("text, line", [
-    ('{"prompt": "a photo of a bench"}\nnot json\n', 2), ('{"tag": "colors"}\n', 1), ('["a photo of a bench"]\n', 1),
-    ('{"prompt": 7}\n', 1), ("\xff\xfe\n", 1), ("", None), (None, None)])
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ('{"prompt": "a photo of a bench"}\nnot json\n', 2),
+        ('{"tag": "colors"}\n', 1),
+        ('["a photo of a bench"]\n', 1),
+        ('{"prompt": 7}\n', 1),
+        ("\xff\xfe\n", 1),
+        ("", None),
+        (None, None),
+    ],
+)
 def test_bad_geneval_file(tmp_path, text, line):
     metadata, out = tmp_path / "metadata.jsonl", tmp_path / "out"
     out.mkdir()

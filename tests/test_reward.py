@@ -1,4 +1,5 @@
 """reward.py: steered targets by hand, CLIP and OpenCLIP embeddings against second implementations, files and the probe."""
+
 import math
 import os
 import pickle
@@ -21,18 +22,25 @@ HALF = math.sqrt(0.5)
 
 # ----------------------------------------------------------------------------- the steering reward
 
-@pytest.mark.parametrize("alpha, steer, expected", [
-    # v = (0, 1); prompts at s = -1/sqrt 2, 0 and +1/sqrt 2
-    (HALF, "unsafe", [(1, 0), (1, 0), (HALF, HALF)]),  # (.7, -.7) + (0, .7) = (.7, 0); s = 0 and s > 0 stay
-    (2 * HALF, "unsafe", [(HALF, HALF), (1, 0), (HALF, HALF)]),
-    (0.0, "unsafe", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
-    (0.0, "always", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
-    (1.0, "none", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
-    (HALF, "always", [(1, 0), (math.sqrt(2 / 3), math.sqrt(1 / 3)), (1 / math.sqrt(5), 2 / math.sqrt(5))])])
+
+@pytest.mark.parametrize(
+    "alpha, steer, expected",
+    [
+        # v = (0, 1); prompts at s = -1/sqrt 2, 0 and +1/sqrt 2
+        (HALF, "unsafe", [(1, 0), (1, 0), (HALF, HALF)]),  # (.7, -.7) + (0, .7) = (.7, 0); s = 0 and s > 0 stay
+        (2 * HALF, "unsafe", [(HALF, HALF), (1, 0), (HALF, HALF)]),
+        (0.0, "unsafe", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
+        (0.0, "always", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
+        (1.0, "none", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
+        (HALF, "always", [(1, 0), (math.sqrt(2 / 3), math.sqrt(1 / 3)), (1 / math.sqrt(5), 2 / math.sqrt(5))]),
+    ],
+)
 def test_steered_targets_by_hand(alpha, steer, expected):
     z, v = torch.tensor([(HALF, -HALF), (1, 0), (HALF, HALF)]), torch.tensor([0.0, 1.0])
     torch.testing.assert_close(text_safety(z, v), torch.tensor([-HALF, 0, HALF]))
-    torch.testing.assert_close(steered_targets(z, v, alpha, steer), torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        steered_targets(z, v, alpha, steer), torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_unmoved_targets_are_the_texts_to_the_last_bit():
@@ -47,7 +55,9 @@ def test_safety_direction_by_hand():
     safe, unsafe = torch.tensor([[1.0, 0], [1, 0], [1, 0]]), torch.tensor([[0.0, 1], [0, -1]])
     torch.testing.assert_close(safety_direction(safe, unsafe), torch.tensor([1.0, 0]))
     torch.testing.assert_close(safety_direction(torch.tensor([[0.0, 2]]), torch.tensor([[3.0, -2]])), torch.tensor([-0.6, 0.8]))
-    torch.testing.assert_close(safety_direction(torch.empty(0, 2), torch.tensor([[0.6, 0.0], [0.0, 0.8]])), torch.tensor([-0.6, -0.8]))
+    torch.testing.assert_close(
+        safety_direction(torch.empty(0, 2), torch.tensor([[0.6, 0.0], [0.0, 0.8]])), torch.tensor([-0.6, -0.8])
+    )
 
 
 def test_reward_is_the_fp32_cosine(tiny):
@@ -59,10 +69,13 @@ def test_reward_is_the_fp32_cosine(tiny):
         r = reward(embedder, images, targets)
         a, b = Embedder(str(tiny / "clip")).image(images).double().numpy(), targets.double().numpy()
         assert r.dtype == torch.float32 and r.shape == (5,)
-        np.testing.assert_allclose(r.numpy(), (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1), atol=tolerance)
+        np.testing.assert_allclose(
+            r.numpy(), (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1), atol=tolerance
+        )
 
 
 # ----------------------------------------------------------------------------- embedders
+
 
 @pytest.fixture(scope="module")
 def embedder(tiny):
@@ -79,7 +92,10 @@ def test_embedder_is_clip_called_by_hand(tiny, embedder):
     """Texts padded to the longest there, to the model's length here: padding does not reach an embedding."""
     clip, tokenizer = CLIPModel.from_pretrained(tiny / "clip").eval(), CLIPTokenizer.from_pretrained(tiny / "clip")
     prompts, images = ["a circle", "a green square left of a blue triangle calm"], torch.rand(2, 3, 8, 8)
-    mean, std = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+    mean, std = (
+        torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1),
+        torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1),
+    )
     with torch.no_grad():
         text, image = by_hand(clip, tokenizer, prompts, (images - mean) / std)
     torch.testing.assert_close(embedder.text(prompts), text, rtol=0, atol=1e-6)
@@ -93,7 +109,7 @@ def test_what_follows_the_end_token_does_not_matter(embedder):
     ids = embedder.tokenizer(["a pink circle"], padding="max_length", max_length=16, return_tensors="pt").input_ids
     end = (ids[0] == embedder.tokenizer.eos_token_id).nonzero()[0, 0].item()
     other = ids.clone()
-    other[0, end + 1:] = 5
+    other[0, end + 1 :] = 5
     with torch.no_grad():
         a, b = (embedder.clip.get_text_features(i).pooler_output for i in (ids, other))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -102,6 +118,7 @@ def test_what_follows_the_end_token_does_not_matter(embedder):
 
 class Recorder(nn.Module):
     """Stands for a CLIP and keeps the pixels it was given."""
+
     def get_image_features(self, pixels):
         self.pixels = pixels
         return type("", (), {"pooler_output": pixels.flatten(1)})
@@ -143,11 +160,18 @@ def test_resize_and_crop_are_pils(height, width):
 
 # ----------------------------------------------------------------------------- OpenCLIP and HPSv2.1
 
+
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), nn.MultiheadAttention(width, heads, batch_first=True), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+        self.ln_1, self.attn, self.ln_2 = (
+            nn.LayerNorm(width),
+            nn.MultiheadAttention(width, heads, batch_first=True),
+            nn.LayerNorm(width),
+        )
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
+        )
 
     def forward(self, x, mask=None):
         h = self.ln_1(x)
@@ -184,6 +208,7 @@ class Visual(nn.Module):
 
 class OpenCLIP(nn.Module):
     """OpenCLIP's ViT by its paper and its parameter names, written apart from transformers."""
+
     def __init__(self, vocabulary, length, size, patch, dim=12):
         super().__init__()
         self.visual = Visual(size, patch, 24, 3, 2, dim)
@@ -209,11 +234,28 @@ def openclip(tiny):
     model = OpenCLIP(len(tokenizer), 16, 224, 56).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    config = {"projection_dim": 12,
-              "text_config": dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                                  max_position_embeddings=16, hidden_act="gelu", eos_token_id=tokenizer.eos_token_id),
-              "vision_config": dict(hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, hidden_act="gelu",
-                                    image_size=224, patch_size=56)}
+    config = {
+        "projection_dim": 12,
+        "text_config": dict(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            hidden_act="gelu",
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        "vision_config": dict(
+            hidden_size=24,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            hidden_act="gelu",
+            image_size=224,
+            patch_size=56,
+        ),
+    }
     return model, config
 
 
@@ -246,8 +288,13 @@ def test_hpsv2_file_to_embeddings(openclip, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CLIP_TOKENIZER", str(tiny / "clip"))
     embedder = Embedder(str(tmp_path / "hps.pt"))
     prompts, images = ["a circle", "two squares burning"], torch.rand(2, 3, 224, 224)
-    ids = CLIPTokenizer.from_pretrained(tiny / "clip")(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
-    mean, std = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+    ids = CLIPTokenizer.from_pretrained(tiny / "clip")(
+        prompts, padding="max_length", max_length=16, return_tensors="pt"
+    ).input_ids
+    mean, std = (
+        torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1),
+        torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1),
+    )
     with torch.no_grad():
         text, image = model(ids, (images - mean) / std)
     torch.testing.assert_close(embedder.text(prompts), text, rtol=0, atol=1e-5)
@@ -279,8 +326,13 @@ def test_vit_h_14_has_hpsv2s_shapes():
         clip = CLIPModel(CLIPConfig(**module.VIT_H_14))
     assert sum(p.numel() for p in clip.parameters()) == 986_109_441
     shapes = {name: tuple(p.shape) for name, p in clip.state_dict().items()}
-    assert shapes["vision_model.embeddings.position_embedding.weight"] == (257, 1280) and shapes["visual_projection.weight"] == (1024, 1280)
-    assert shapes["text_model.embeddings.token_embedding.weight"] == (49408, 1024) and shapes["text_model.embeddings.position_embedding.weight"] == (77, 1024)
+    assert shapes["vision_model.embeddings.position_embedding.weight"] == (257, 1280) and shapes["visual_projection.weight"] == (
+        1024,
+        1280,
+    )
+    assert shapes["text_model.embeddings.token_embedding.weight"] == (49408, 1024) and shapes[
+        "text_model.embeddings.position_embedding.weight"
+    ] == (77, 1024)
 
 
 class Malicious:
@@ -310,24 +362,46 @@ def test_a_bad_weights_file_is_one_line_and_runs_nothing(kind, tiny, tmp_path, r
 
 # ----------------------------------------------------------------------------- files and the probe
 
+
 def test_anchor_files_signs_comments_and_blank_lines(tmp_path):
-    (tmp_path / "a.txt").write_text("# no phrase\n\n+ a calm circle\n  -a fire  \n-  two fires, # burning\n+ x\r\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text(
+        "# no phrase\n\n+ a calm circle\n  -a fire  \n-  two fires, # burning\n+ x\r\n", encoding="utf-8"
+    )
     assert read_anchors(tmp_path / "a.txt") == (["a calm circle", "x"], ["a fire", "two fires, # burning"])
     (tmp_path / "b.txt").write_text("- only unsafe\n")
     assert read_anchors(tmp_path / "b.txt") == ([], ["only unsafe"])
 
 
-@pytest.mark.parametrize("content, word", [
-    (b"", "no '- unsafe"), (b"+ safe\n", "no '- unsafe"), (b"- unsafe\nsafe\n", "line 2"), (b"- unsafe\n+\n", "line 2"), (b"-  \n", "line 1"),
-    (b"\xff\xfe- x", "cannot be read"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (b"", "no '- unsafe"),
+        (b"+ safe\n", "no '- unsafe"),
+        (b"- unsafe\nsafe\n", "line 2"),
+        (b"- unsafe\n+\n", "line 2"),
+        (b"-  \n", "line 1"),
+        (b"\xff\xfe- x", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
 def test_bad_anchor_files_are_one_line(content, word, tiny, tmp_path, run):
     if content is not None:
         (tmp_path / "anchors.txt").write_bytes(content)
-    refused(run("reward.py", "--reward", tiny / "clip", "--anchors", tmp_path / "anchors.txt", "a"), "--anchors", "anchors.txt", word)
+    refused(
+        run("reward.py", "--reward", tiny / "clip", "--anchors", tmp_path / "anchors.txt", "a"), "--anchors", "anchors.txt", word
+    )
 
 
-@pytest.mark.parametrize("flags, word", [(["--alpha", "-1"], "--alpha -1"), (["--alpha", "nan"], "--alpha"), (["--alpha", "inf"], "--alpha"),
-                                         (["--reward", "/nonexistent/clip"], "--reward"), (["--reward", "tests"], "config.json")])
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--alpha", "-1"], "--alpha -1"),
+        (["--alpha", "nan"], "--alpha"),
+        (["--alpha", "inf"], "--alpha"),
+        (["--reward", "/nonexistent/clip"], "--reward"),
+        (["--reward", "tests"], "config.json"),
+    ],
+)
 def test_bad_flags_of_the_probe_are_one_line(flags, word, tiny, run):
     refused(run("reward.py", "--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", *flags, "a"), word)
 
@@ -354,5 +428,7 @@ def test_the_probe_prints_safety_and_cosines(tiny, embedder, run):
         s = z[i] @ v
         target = z[i] + 0.7 * v if s < 0 else z[i]
         assert row[1] == ("yes" if s < 0 else "no") and " ".join(row[5:]) == f"[{i}] {prompt}"
-        np.testing.assert_allclose([float(c) for c in (row[0], *row[2:5])], [s, *(z @ target / np.linalg.norm(target))], atol=6e-4)
+        np.testing.assert_allclose(
+            [float(c) for c in (row[0], *row[2:5])], [s, *(z @ target / np.linalg.norm(target))], atol=6e-4
+        )
     assert {row[1] for row in rows} == {"yes", "no"}

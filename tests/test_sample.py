@@ -1,4 +1,5 @@
 """sample.py: the DDIM policy against diffusers and torch.distributions, prompt files, and the script."""
+
 import csv
 import json
 import os
@@ -17,21 +18,38 @@ SHAPE = (4, 4, 4)
 
 
 def ddim(**changes):
-    return diffusers.DDIMScheduler(**{**dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                             set_alpha_to_one=False, steps_offset=1), **changes})
+    return diffusers.DDIMScheduler(
+        **{
+            **dict(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
+            **changes,
+        }
+    )
 
 
 def encode(pipe, prompts):
-    ids = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+    ids = pipe.tokenizer(
+        prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         return pipe.text_encoder(ids)[0]
 
 
 # ----------------------------------------------------------------------------- the policy
 
+
 @pytest.mark.parametrize("steps", [2, 7, 10, 50])
-@pytest.mark.parametrize("changes", [{}, {"set_alpha_to_one": True}, {"set_alpha_to_one": True, "steps_offset": 0}, {"timestep_spacing": "trailing"}],
-                         ids=["SD", "alpha one", "alpha one, no offset", "trailing"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"set_alpha_to_one": True}, {"set_alpha_to_one": True, "steps_offset": 0}, {"timestep_spacing": "trailing"}],
+    ids=["SD", "alpha one", "alpha one, no offset", "trailing"],
+)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_step_is_that_of_diffusers(eta, prediction_type, changes, steps):
@@ -61,9 +79,15 @@ def test_other_prediction_types_are_refused():
 
 def test_log_prob_is_the_mean_of_a_normal():
     g = torch.Generator().manual_seed(0)
-    x, mean, sigma = torch.randn(5, *SHAPE, generator=g), torch.randn(5, *SHAPE, generator=g), torch.tensor([1e-2, 0.1, 0.5, 1.0, 3.0])
+    x, mean, sigma = (
+        torch.randn(5, *SHAPE, generator=g),
+        torch.randn(5, *SHAPE, generator=g),
+        torch.tensor([1e-2, 0.1, 0.5, 1.0, 3.0]),
+    )
     normal = torch.distributions.Normal(mean.double(), sigma.double().view(-1, 1, 1, 1))
-    torch.testing.assert_close(log_prob(x, mean, sigma).double(), normal.log_prob(x.double()).mean((1, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        log_prob(x, mean, sigma).double(), normal.log_prob(x.double()).mean((1, 2, 3)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_guidance_mixes_two_plain_predictions(pipe):
@@ -72,8 +96,10 @@ def test_guidance_mixes_two_plain_predictions(pipe):
     x, t = torch.randn(3, *SHAPE, generator=g), torch.tensor([1, 500, 981])
     text, empty = encode(pipe, ["a circle", "a pink square", "two triangles"]), encode(pipe, [""])
     with torch.no_grad():
-        conditional, unconditional = (torch.cat([pipe.unet(x[i:i + 1], t[i], encoder_hidden_states=z).sample for i, z in enumerate(zs)])
-                                      for zs in (text.split(1), [empty] * 3))
+        conditional, unconditional = (
+            torch.cat([pipe.unet(x[i : i + 1], t[i], encoder_hidden_states=z).sample for i, z in enumerate(zs)])
+            for zs in (text.split(1), [empty] * 3)
+        )
         for guidance, expected in ((1.0, conditional), (7.5, 7.5 * conditional - 6.5 * unconditional)):
             torch.testing.assert_close(predict_noise(pipe.unet, x, t, text, empty, guidance), expected, rtol=1e-4, atol=1e-5)
     sizes = []
@@ -88,8 +114,17 @@ def test_rollout_without_noise_is_the_pipeline(prediction_type, guidance, pipe):
     """diffusers' own loop, guidance and scheduler from the same x_T; eta 1e-4 has a density and next to no noise."""
     prompts, noise = ["a circle on fire", "two squares"], noise_for(0, 0, [0, 1], 6, SHAPE)
     pipe.scheduler = ddim(prediction_type=prediction_type)
-    theirs = pipe(prompts, num_inference_steps=6, guidance_scale=guidance, eta=0.0, latents=noise[:, 0].clone(), output_type="latent").images
-    ours, _ = rollout(pipe.unet, ddim_schedule(ddim(prediction_type=prediction_type), 6, 1e-4), encode(pipe, prompts), encode(pipe, [""]), noise, guidance)
+    theirs = pipe(
+        prompts, num_inference_steps=6, guidance_scale=guidance, eta=0.0, latents=noise[:, 0].clone(), output_type="latent"
+    ).images
+    ours, _ = rollout(
+        pipe.unet,
+        ddim_schedule(ddim(prediction_type=prediction_type), 6, 1e-4),
+        encode(pipe, prompts),
+        encode(pipe, [""]),
+        noise,
+        guidance,
+    )
     assert ours.shape == (2, 7, *SHAPE)
     torch.testing.assert_close(ours[:, -1], theirs, rtol=1e-3, atol=3e-3)
 
@@ -97,9 +132,12 @@ def test_rollout_without_noise_is_the_pipeline(prediction_type, guidance, pipe):
 @pytest.mark.parametrize("batch", [1, 2, 4, 5])
 def test_rollout_does_not_depend_on_the_micro_batch(batch, pipe):
     schedule, empty = ddim_schedule(ddim(), 5, 1.0), encode(pipe, [""])
-    text, noise = encode(pipe, ["a circle", "a square", "a triangle", "a pink circle", "four circles burning"]), noise_for(3, 2, range(5), 5, SHAPE)
+    text, noise = (
+        encode(pipe, ["a circle", "a square", "a triangle", "a pink circle", "four circles burning"]),
+        noise_for(3, 2, range(5), 5, SHAPE),
+    )
     whole, scores = rollout(pipe.unet, schedule, text, empty, noise, 2.0)
-    parts = [rollout(pipe.unet, schedule, text[i:i + batch], empty, noise[i:i + batch], 2.0) for i in range(0, 5, batch)]
+    parts = [rollout(pipe.unet, schedule, text[i : i + batch], empty, noise[i : i + batch], 2.0) for i in range(0, 5, batch)]
     torch.testing.assert_close(torch.cat([p[0] for p in parts]), whole, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.cat([p[1] for p in parts]), scores, rtol=0, atol=1e-4)
 
@@ -107,7 +145,11 @@ def test_rollout_does_not_depend_on_the_micro_batch(batch, pipe):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_stored_steps_score_exactly_what_was_stored(autocast, pipe):
     """Ratio 1 to the last bit at the same batch size, with latents and log-probs in fp32 whatever the UNet runs in."""
-    schedule, empty, text = ddim_schedule(ddim(), 5, 1.0), encode(pipe, [""]), encode(pipe, ["a circle", "a square", "two triangles burning"])
+    schedule, empty, text = (
+        ddim_schedule(ddim(), 5, 1.0),
+        encode(pipe, [""]),
+        encode(pipe, ["a circle", "a square", "two triangles burning"]),
+    )
     x, scores = rollout(pipe.unet, schedule, text, empty, noise_for(0, 0, range(3), 5, SHAPE), 2.0, autocast)
     assert x.dtype == scores.dtype == torch.float32 and x.shape == (3, 6, *SHAPE) and scores.shape == (3, 4)
     for i in range(4):
@@ -125,8 +167,12 @@ def test_rollout_noise_has_the_schedules_spread(pipe):
     x, _ = rollout(pipe.unet, schedule, text, empty, noise, 1.0)
     for i in range(4):
         index = torch.full((2,), i)
-        left = x[:, i + 1] - ddim_mean(schedule, index, x[:, i], predict_noise(pipe.unet, x[:, i], schedule.t[index], text, empty, 1.0))
-        torch.testing.assert_close(left, schedule.sigma[i] * noise[:, i + 1] if i < 3 else torch.zeros_like(left), rtol=1e-3, atol=1e-5)
+        left = x[:, i + 1] - ddim_mean(
+            schedule, index, x[:, i], predict_noise(pipe.unet, x[:, i], schedule.t[index], text, empty, 1.0)
+        )
+        torch.testing.assert_close(
+            left, schedule.sigma[i] * noise[:, i + 1] if i < 3 else torch.zeros_like(left), rtol=1e-3, atol=1e-5
+        )
 
 
 def test_noise_depends_on_seed_epoch_and_sample_alone():
@@ -143,15 +189,23 @@ def test_noise_depends_on_seed_epoch_and_sample_alone():
 
 # ----------------------------------------------------------------------------- prompt files
 
+
 def test_rows_of_the_three_kinds_of_file(tmp_path):
-    (tmp_path / "a.txt").write_text("\ufeffa circle\r\n\r\n  a café, \"quoted\" \n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text('\ufeffa circle\r\n\r\n  a café, "quoted" \n', encoding="utf-8")
     (tmp_path / "a.csv").write_text('\ufeffcase_number,prompt,sd_seed\n7,"a, b\nc",4294967295\n9,,1\n', encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "tag": "x", "include": [{"count": 1}]}\n{"prompt": "b"}\n')
-    assert read_rows(tmp_path / "a.txt") == [{"prompt": "a circle", "case_number": "0"}, {"prompt": 'a café, "quoted"', "case_number": "1"}]
-    assert read_rows(tmp_path / "a.csv") == [{"case_number": "7", "prompt": "a, b\nc", "sd_seed": "4294967295"},
-                                             {"case_number": "9", "prompt": "", "sd_seed": "1"}]
-    assert read_rows(str(tmp_path / "a.jsonl")) == [{"prompt": "a", "tag": "x", "include": [{"count": 1}], "case_number": "0"},
-                                                    {"prompt": "b", "case_number": "1"}]
+    assert read_rows(tmp_path / "a.txt") == [
+        {"prompt": "a circle", "case_number": "0"},
+        {"prompt": 'a café, "quoted"', "case_number": "1"},
+    ]
+    assert read_rows(tmp_path / "a.csv") == [
+        {"case_number": "7", "prompt": "a, b\nc", "sd_seed": "4294967295"},
+        {"case_number": "9", "prompt": "", "sd_seed": "1"},
+    ]
+    assert read_rows(str(tmp_path / "a.jsonl")) == [
+        {"prompt": "a", "tag": "x", "include": [{"count": 1}], "case_number": "0"},
+        {"prompt": "b", "case_number": "1"},
+    ]
 
 
 def test_rows_of_jsonl_end_at_newlines_only(tmp_path):
@@ -160,14 +214,31 @@ def test_rows_of_jsonl_end_at_newlines_only(tmp_path):
     assert [row["prompt"] for row in read_rows(tmp_path / "a.jsonl")] == ["a\u2028b\x85c"]
 
 
-@pytest.mark.parametrize("name, content, word", [
-    ("a.txt", b"", "no prompts"), ("a.txt", b" \n\t\n", "no prompts"), ("a.txt", b"\xff\xfea\x00", "cannot be read"), ("a.txt", b"\x80\x81", "cannot be read"),
-    ("a.csv", b"", "no column 'prompt'"), ("a.csv", b"text,seed\na,1\n", "no column 'prompt'"), ("a.csv", b"prompt\n", "no prompts"),
-    ("a.csv", b"Prompt\na\n", "no column 'prompt'"), ("a.csv", b"seed,prompt\n1\n", "ends before"), ("a.csv", b'prompt\n"a\n', "not csv"),
-    ("a.csv", b"prompt\n" + b"a" * (csv.field_size_limit() + 1) + b"\n", "not csv"),
-    ("a.jsonl", b"", "no prompts"), ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2"), ("a.jsonl", b'{"prompt": "a"\n', "line 1"),
-    ("a.jsonl", b'["prompt"]\n', "line 1"), ("a.jsonl", b'"prompt"\n', "line 1"), ("a.jsonl", b"3\n", "line 1"),
-    ("a.jsonl", b'{"prompt": null}\n', "line 1"), ("missing.txt", None, "cannot be read"), ("a.txt", "folder", "cannot be read")])
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("a.txt", b"", "no prompts"),
+        ("a.txt", b" \n\t\n", "no prompts"),
+        ("a.txt", b"\xff\xfea\x00", "cannot be read"),
+        ("a.txt", b"\x80\x81", "cannot be read"),
+        ("a.csv", b"", "no column 'prompt'"),
+        ("a.csv", b"text,seed\na,1\n", "no column 'prompt'"),
+        ("a.csv", b"prompt\n", "no prompts"),
+        ("a.csv", b"Prompt\na\n", "no column 'prompt'"),
+        ("a.csv", b"seed,prompt\n1\n", "ends before"),
+        ("a.csv", b'prompt\n"a\n', "not csv"),
+        ("a.csv", b"prompt\n" + b"a" * (csv.field_size_limit() + 1) + b"\n", "not csv"),
+        ("a.jsonl", b"", "no prompts"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
+        ("a.jsonl", b'{"prompt": "a"\n', "line 1"),
+        ("a.jsonl", b'["prompt"]\n', "line 1"),
+        ("a.jsonl", b'"prompt"\n', "line 1"),
+        ("a.jsonl", b"3\n", "line 1"),
+        ("a.jsonl", b'{"prompt": null}\n', "line 1"),
+        ("missing.txt", None, "cannot be read"),
+        ("a.txt", "folder", "cannot be read"),
+    ],
+)
 def test_hostile_prompt_files_end_in_one_line(name, content, word, tmp_path, capsys):
     if content == "folder":
         (tmp_path / name).mkdir()
@@ -181,14 +252,31 @@ def test_hostile_prompt_files_end_in_one_line(name, content, word, tmp_path, cap
 
 # ----------------------------------------------------------------------------- the script
 
+
 @pytest.fixture
 def sample(tiny, tmp_path, run):
     """sample(prompts text, suffix, flags...) -> (folder of images, result)."""
+
     def go(content, suffix=".txt", *flags, out="images", **kwargs):
         prompts = tmp_path / f"prompts{suffix}"
         prompts.write_text(content, encoding="utf-8")
-        result = run("sample.py", "--model", tiny / "sd", "--prompts", prompts, "--out", tmp_path / out, "--steps", 2, "--guidance", 2, *flags, **kwargs)
+        result = run(
+            "sample.py",
+            "--model",
+            tiny / "sd",
+            "--prompts",
+            prompts,
+            "--out",
+            tmp_path / out,
+            "--steps",
+            2,
+            "--guidance",
+            2,
+            *flags,
+            **kwargs,
+        )
         return tmp_path / out, result
+
     return go
 
 
@@ -204,46 +292,83 @@ def difference(a, b):
 def oracle(pipe, scheduler, prompt, seed, guidance=2, steps=2, **size):
     """One image by the pipeline as a user would call it. Its scheduler's config is the file's: from_config treats defaults otherwise."""
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.file_config)
-    return np.asarray(pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed), **size).images[0], int)
+    return np.asarray(
+        pipe(
+            prompt, num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed), **size
+        ).images[0],
+        int,
+    )
 
 
 def test_names_seeds_and_pixels_are_those_of_a_plain_call(sample, pipe):
     out, result = sample("a circle on fire\na pink square\n", ".txt", "--per-prompt", 2, "--seed", 5)
     assert result.code == 0, result.err
     assert list(pictures(out)) == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
-    for name, prompt, seed in (("0_0", "a circle on fire", 5), ("0_1", "a circle on fire", 6), ("1_0", "a pink square", 7), ("1_1", "a pink square", 8)):
+    for name, prompt, seed in (
+        ("0_0", "a circle on fire", 5),
+        ("0_1", "a circle on fire", 6),
+        ("1_0", "a pink square", 7),
+        ("1_1", "a pink square", 8),
+    ):
         assert np.abs(np.asarray(Image.open(out / f"{name}.png"), int) - oracle(pipe, "DDIMScheduler", prompt, seed)).max() <= 1
 
 
-@pytest.mark.parametrize("seed, guidance, width, height", [("sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height"),
-                                                           ("evaluation_seed", "evaluation_guidance", "width", "height")])
+@pytest.mark.parametrize(
+    "seed, guidance, width, height",
+    [
+        ("sd_seed", "sd_guidance_scale", "sd_image_width", "sd_image_height"),
+        ("evaluation_seed", "evaluation_guidance", "width", "height"),
+    ],
+)
 def test_a_rows_own_columns_come_before_the_flags(seed, guidance, width, height, sample, pipe):
     """Seeds up to 2^32 - 1, a guidance scale and a size; an empty cell falls back to the flag, an empty prompt is drawn."""
-    out, result = sample(f"case_number,prompt,{seed},{guidance},{width},{height}\n12,a circle,4294967295,5.5,16,8\n13,,3,,,\n14,a square,,1,,\n", ".csv", "--seed", 40)
+    out, result = sample(
+        f"case_number,prompt,{seed},{guidance},{width},{height}\n12,a circle,4294967295,5.5,16,8\n13,,3,,,\n14,a square,,1,,\n",
+        ".csv",
+        "--seed",
+        40,
+    )
     assert result.code == 0, result.err
     assert list(pictures(out)) == ["12_0.png", "13_0.png", "14_0.png"]
     assert Image.open(out / "12_0.png").size == (16, 8)
-    for name, expected in (("12_0", oracle(pipe, "DDIMScheduler", "a circle", 4294967295, 5.5, width=16, height=8)),
-                           ("13_0", oracle(pipe, "DDIMScheduler", "", 3)), ("14_0", oracle(pipe, "DDIMScheduler", "a square", 42, 1))):
+    for name, expected in (
+        ("12_0", oracle(pipe, "DDIMScheduler", "a circle", 4294967295, 5.5, width=16, height=8)),
+        ("13_0", oracle(pipe, "DDIMScheduler", "", 3)),
+        ("14_0", oracle(pipe, "DDIMScheduler", "a square", 42, 1)),
+    ):
         assert np.abs(np.asarray(Image.open(out / f"{name}.png"), int) - expected).max() <= 1, name
 
 
-GENEVAL = [{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"},
-           {"tag": "counting", "include": [{"class": "square", "count": 2}], "exclude": [{"class": "square", "count": 3}], "prompt": "two squares"}]
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"},
+    {
+        "tag": "counting",
+        "include": [{"class": "square", "count": 2}],
+        "exclude": [{"class": "square", "count": 3}],
+        "prompt": "two squares",
+    },
+]
 
 
 def test_geneval_metadata_gets_genevals_folders(sample):
     out, result = sample("".join(json.dumps(row) + "\n" for row in GENEVAL), ".jsonl", "--batch", 3)
     assert result.code == 0, result.err
-    assert list(pictures(out)) == [f"{i:05d}/{name}" for i in (0, 1) for name in ("metadata.jsonl", *(f"samples/{k:04d}.png" for k in range(4)))]
+    assert list(pictures(out)) == [
+        f"{i:05d}/{name}" for i in (0, 1) for name in ("metadata.jsonl", *(f"samples/{k:04d}.png" for k in range(4)))
+    ]
     for i, row in enumerate(GENEVAL):
         assert json.loads((out / f"{i:05d}/metadata.jsonl").read_text()) == row
 
 
 def test_a_rank_of_geneval_does_not_wait_for_the_others_folders(sample):
     """Rank 0 of 2 may be done before rank 1 has made its first image."""
-    out, result = sample("".join(json.dumps(row) + "\n" for row in GENEVAL), ".jsonl", "--batch", 4,
-                         environment={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
+    out, result = sample(
+        "".join(json.dumps(row) + "\n" for row in GENEVAL),
+        ".jsonl",
+        "--batch",
+        4,
+        environment={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+    )
     assert result.code == 0, result.err
     assert (out / "00000/samples/0003.png").exists()
 
@@ -271,7 +396,9 @@ def test_a_batch_draws_what_single_images_are(sample):
 
 def test_a_kill_leaves_no_half_image(sample):
     """Killed while the second picture is half on disk: no broken file bears a good name, and a rerun ends like a run without a kill."""
-    text, killer = "a circle\na square\na triangle\n", """
+    text, killer = (
+        "a circle\na square\na triangle\n",
+        """
 import io, os
 from PIL import Image
 whole, count = Image.Image.save, [0]
@@ -284,7 +411,8 @@ def half(self, file, format=None, **kw):
         f.write(data.getvalue()[:-20])
     os.kill(os.getpid(), 9)
 Image.Image.save = half
-"""
+""",
+    )
     reference, _ = sample(text, out="reference")
     out, result = sample(text, code=killer)
     assert result.code == -signal.SIGKILL
@@ -299,22 +427,50 @@ Image.Image.save = half
 def test_two_ranks_draw_the_same_bytes_as_one(sample, tiny, tmp_path):
     text = "a circle\na square\na triangle\na pink circle\ntwo circles\n"
     one, _ = sample(text, ".txt", "--batch", 2)
-    result = torchrun("sample.py", "--model", tiny / "sd", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "two", "--steps", 2, "--guidance", 2, "--batch", 2)
+    result = torchrun(
+        "sample.py",
+        "--model",
+        tiny / "sd",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--out",
+        tmp_path / "two",
+        "--steps",
+        2,
+        "--guidance",
+        2,
+        "--batch",
+        2,
+    )
     assert result.returncode == 0, result.stderr
     assert pictures(tmp_path / "two") == pictures(one) and len(pictures(one)) == 5
 
 
-@pytest.mark.parametrize("name, scheduler", [
-    ("ddim", "DDIMScheduler"), ("ddpm", "DDPMScheduler"), ("pndm", "PNDMScheduler"), ("lms", "LMSDiscreteScheduler"), ("heun", "HeunDiscreteScheduler"),
-    ("euler", "EulerDiscreteScheduler"), ("euler_a", "EulerAncestralDiscreteScheduler"), ("dpm", "DPMSolverMultistepScheduler"),
-    ("unipc", "UniPCMultistepScheduler"), ("DEISMultistepScheduler", "DEISMultistepScheduler")])
+@pytest.mark.parametrize(
+    "name, scheduler",
+    [
+        ("ddim", "DDIMScheduler"),
+        ("ddpm", "DDPMScheduler"),
+        ("pndm", "PNDMScheduler"),
+        ("lms", "LMSDiscreteScheduler"),
+        ("heun", "HeunDiscreteScheduler"),
+        ("euler", "EulerDiscreteScheduler"),
+        ("euler_a", "EulerAncestralDiscreteScheduler"),
+        ("dpm", "DPMSolverMultistepScheduler"),
+        ("unipc", "UniPCMultistepScheduler"),
+        ("DEISMultistepScheduler", "DEISMultistepScheduler"),
+    ],
+)
 def test_every_scheduler_draws_what_diffusers_draws(name, scheduler, sample, pipe):
     """Each in one process of its own with the default batch, against the class itself on one image."""
     if name == "lms":
         pytest.importorskip("scipy")
     out, result = sample("a circle\na pink square burning\n", ".txt", "--scheduler", name, "--steps", 4)
     assert result.code == 0, result.err
-    assert np.abs(np.asarray(Image.open(out / "1_0.png"), int) - oracle(pipe, scheduler, "a pink square burning", 1, steps=4)).max() <= 1
+    assert (
+        np.abs(np.asarray(Image.open(out / "1_0.png"), int) - oracle(pipe, scheduler, "a pink square burning", 1, steps=4)).max()
+        <= 1
+    )
     assert len(SCHEDULERS) == 9
 
 
@@ -325,15 +481,29 @@ def test_bf16_hardly_changes_the_image(sample):
     assert difference(plain / "0_0.png", half / "0_0.png") < 40
 
 
-@pytest.mark.parametrize("content, suffix, flags, words", [
-    ("a", ".txt", ["--scheduler", "nonsense"], ["--scheduler nonsense", "euler_a"]), ("a", ".txt", ["--scheduler", "UNet2DConditionModel"], ["--scheduler"]),
-    ("a", ".txt", ["--steps", 0], ["--steps 0"]), ("a", ".txt", ["--batch", 0], ["--batch 0"]), ("a", ".txt", ["--per-prompt", 0], ["--per-prompt 0"]),
-    ("a", ".txt", ["--size", -8], ["--size"]), ("a", ".txt", ["--size", 12], ["multiples of 8"]), ("", ".txt", [], ["no prompts"]),
-    ("a", ".txt", ["--model", "/nonexistent/model"], ["--model", "model_index.json"]), ("a", ".txt", ["--steps", 5000], ["--steps"]),
-    ("text\na\n", ".csv", [], ["no column 'prompt'"]), ("case_number,prompt\n1,a\n1,b\n", ".csv", [], ["case_number"]),
-    ("prompt,seed\na,x\n", ".csv", [], ["seed", "not a number"]), ("prompt,width\na,12\n", ".csv", [], ["multiples of 8"]),
-    ("prompt,seed\na,99999999999999999999\n", ".csv", [], ["seed"]), ('{"prompt": "a", "seed": [1]}\n', ".jsonl", [], ["seed"]),
-    ("prompt,guidance\na,nan\n", ".csv", [], ["guidance"]), ("case_number,prompt\n../../escaped,a\n", ".csv", [], ["case_number"])])
+@pytest.mark.parametrize(
+    "content, suffix, flags, words",
+    [
+        ("a", ".txt", ["--scheduler", "nonsense"], ["--scheduler nonsense", "euler_a"]),
+        ("a", ".txt", ["--scheduler", "UNet2DConditionModel"], ["--scheduler"]),
+        ("a", ".txt", ["--steps", 0], ["--steps 0"]),
+        ("a", ".txt", ["--batch", 0], ["--batch 0"]),
+        ("a", ".txt", ["--per-prompt", 0], ["--per-prompt 0"]),
+        ("a", ".txt", ["--size", -8], ["--size"]),
+        ("a", ".txt", ["--size", 12], ["multiples of 8"]),
+        ("", ".txt", [], ["no prompts"]),
+        ("a", ".txt", ["--model", "/nonexistent/model"], ["--model", "model_index.json"]),
+        ("a", ".txt", ["--steps", 5000], ["--steps"]),
+        ("text\na\n", ".csv", [], ["no column 'prompt'"]),
+        ("case_number,prompt\n1,a\n1,b\n", ".csv", [], ["case_number"]),
+        ("prompt,seed\na,x\n", ".csv", [], ["seed", "not a number"]),
+        ("prompt,width\na,12\n", ".csv", [], ["multiples of 8"]),
+        ("prompt,seed\na,99999999999999999999\n", ".csv", [], ["seed"]),
+        ('{"prompt": "a", "seed": [1]}\n', ".jsonl", [], ["seed"]),
+        ("prompt,guidance\na,nan\n", ".csv", [], ["guidance"]),
+        ("case_number,prompt\n../../escaped,a\n", ".csv", [], ["case_number"]),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(content, suffix, flags, words, sample):
     out, result = sample(content, suffix, *flags)
     refused(result, *words)
@@ -344,6 +514,7 @@ def test_an_optional_schedulers_missing_package_is_one_line(sample):
     """diffusers stands dummies in for classes whose package is not installed."""
     try:
         import torchsde  # noqa: F401
+
         pytest.skip("torchsde is installed")
     except ImportError:
         refused(sample("a\n", ".txt", "--scheduler", "DPMSolverSDEScheduler")[1], "--scheduler DPMSolverSDEScheduler")

@@ -1,4 +1,5 @@
 """train.py: GRPO's pieces against hand-worked numbers and torch, and whole runs of a few seconds on a tiny pipeline."""
+
 import json
 import math
 
@@ -12,6 +13,7 @@ from train import draw_prompts, group_advantages, kl_gaussian, kl_k3, pairs_of_u
 
 
 # ----------------------------------------------------------------------------- advantages
+
 
 def test_advantages_by_hand():
     """(1, 3): mean 2, std 1. (0, 0, 0, 4): mean 1, std sqrt 3. The std is the population's."""
@@ -35,6 +37,7 @@ def test_groups_without_spread_are_dead():
 
 
 # ----------------------------------------------------------------------------- objective and KL
+
 
 def ppo(log_ratio, advantage, clip):
     """(objective, its derivative by log rho) of one sample, case by case."""
@@ -79,6 +82,7 @@ def test_kl_gaussian_is_torchs():
 
 # ----------------------------------------------------------------------------- which prompts, which pairs
 
+
 @pytest.mark.parametrize("samples, timesteps, updates", [(8, 9, 1), (8, 9, 6), (8, 9, 72), (6, 4, 3), (4, 49, 14)])
 def test_pairs_are_a_partition_the_same_for_any_ranks(samples, timesteps, updates):
     whole = pairs_of_updates(range(samples), timesteps, updates, 0, 5)
@@ -100,7 +104,9 @@ def test_updates_see_all_samples_and_noise_levels():
     for update in pairs:
         assert torch.equal(update[:, 0].bincount(minlength=16), torch.full((16,), 12))
         assert update[:, 1].unique().numel() > 40
-    assert not torch.equal(pairs, pairs_of_updates(range(16), 48, 4, 0, 1)) and not torch.equal(pairs, pairs_of_updates(range(16), 48, 4, 1, 0))
+    assert not torch.equal(pairs, pairs_of_updates(range(16), 48, 4, 0, 1)) and not torch.equal(
+        pairs, pairs_of_updates(range(16), 48, 4, 1, 0)
+    )
 
 
 def test_prompts_keep_their_shares_without_repeats():
@@ -124,6 +130,7 @@ def test_prompts_of_uneven_weights_and_short_sources():
 
 # ----------------------------------------------------------------------------- whole runs
 
+
 def close(a, b, tolerance):
     """The largest difference of two checkpoints' UNets is below the tolerance."""
     a, b = weights(a), weights(b)
@@ -144,17 +151,31 @@ torch.nn.utils.clip_grad_norm_ = keep
 """
 
 
-@pytest.mark.parametrize("changes", [
-    dict(kl=0), dict(kl=0, even_steps=True, eta=0.7), dict(kl=0, guidance=1, alpha=1.0, batch=3), dict(kl=0, steer="none", shared_noise=True)],
-    ids=["plain", "even steps", "no guidance", "shared noise"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(kl=0),
+        dict(kl=0, even_steps=True, eta=0.7),
+        dict(kl=0, guidance=1, alpha=1.0, batch=3),
+        dict(kl=0, steer="none", shared_noise=True),
+    ],
+    ids=["plain", "even steps", "no guidance", "shared noise"],
+)
 def test_an_epochs_gradient_by_a_slow_second_implementation(changes, tiny, tmp_path, train):
     """One pair at a time, with diffusers' scheduler and torch's Normal, from the run's flags alone: prompts and noise are drawn as
     documented, the loss is -mean over the pairs of A log rho (at rho = 1 that is the objective's gradient)."""
     from diffusers import DDIMScheduler
     from reward import Embedder, read_anchors
     from sample import noise_for
+
     flags = dict(guidance=2, eta=1.0, alpha=0.5, steps=4, generations=3) | changes
-    out = train("run", epochs=1, **(changes | dict(steps=4, generations=3)), code=SAVE_GRADIENTS, environment={"GRADIENTS": str(tmp_path / "g.pt")})
+    out = train(
+        "run",
+        epochs=1,
+        **(changes | dict(steps=4, generations=3)),
+        code=SAVE_GRADIENTS,
+        environment={"GRADIENTS": str(tmp_path / "g.pt")},
+    )
     pipe, embedder, G, T = load(tiny / "sd"), Embedder(str(tiny / "clip")), 3, 3
     sources = [(tiny / f"{name}.txt").read_text().splitlines() for name in ("one", "two")]
     prompts = [sources[s][i] for s, i in draw_prompts([4, 3], [0.5, 0.5], 2, 0, 0)]
@@ -164,7 +185,9 @@ def test_an_epochs_gradient_by_a_slow_second_implementation(changes, tiny, tmp_p
     scheduler.set_timesteps(4)
 
     def encode(prompt):
-        return pipe.text_encoder(pipe.tokenizer([prompt], padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids)[0]
+        return pipe.text_encoder(
+            pipe.tokenizer([prompt], padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+        )[0]
 
     def step(x, t, text, noise):  # (mean, next latent) of DDIM, by differences of diffusers' step
         out = pipe.unet(x, t, encoder_hidden_states=text).sample
@@ -200,7 +223,10 @@ def test_an_epochs_gradient_by_a_slow_second_implementation(changes, tiny, tmp_p
     gains, terms = [], []
     for i, t in enumerate(scheduler.timesteps[:T]):  # |d mu / d eps| / sigma, by moving eps
         zero, one = torch.zeros(1, 4, 4, 4), torch.ones(1, 4, 4, 4)
-        mu0, mu1, noisy = (scheduler.step(e, t, zero, eta=flags["eta"], variance_noise=z).prev_sample.mean().item() for e, z in ((zero, zero), (one, zero), (zero, one)))
+        mu0, mu1, noisy = (
+            scheduler.step(e, t, zero, eta=flags["eta"], variance_noise=z).prev_sample.mean().item()
+            for e, z in ((zero, zero), (one, zero), (zero, one))
+        )
         gains.append((abs(mu1 - mu0) / noisy, noisy))
     relative = [g / np.mean([g for g, _ in gains]) if flags.get("even_steps") else 1.0 for g, _ in gains]
     for n, path in enumerate(paths):
@@ -240,7 +266,16 @@ def test_metrics_of_a_run(train):
         assert set(row["reward"]) == {"one", "two"} and all(-1 <= r <= 1 for r in row["reward"].values())
         assert row["reward_std"] > 0 and row["grad_norm"] > 0 and set(row["seconds"]) == {"rollout", "reward", "update"}
         assert row["images_per_second"] == pytest.approx(4 / sum(row["seconds"].values()), rel=0.1) and row["dead_groups"] == 0
-    assert sorted(p.name for p in out.iterdir()) == ["args.json", "checkpoint-2", "checkpoint-3", "curve.png", "grid-0.png", "grid-2.png", "grid-3.png", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "args.json",
+        "checkpoint-2",
+        "checkpoint-3",
+        "curve.png",
+        "grid-0.png",
+        "grid-2.png",
+        "grid-3.png",
+        "metrics.jsonl",
+    ]
     assert json.loads((out / "args.json").read_text())["generations"] == 2
     sizes = [Image.open(out / f"grid-{n}.png").size for n in (0, 2, 3)]
     assert sizes == [(64, 8), (64, 16), (64, 16)]  # 8 prompts of 8 pixels; later ones below the start model's
@@ -257,6 +292,7 @@ def test_sources_of_the_same_name_stay_apart(tiny, tmp_path, train):
 def test_checkpoint_loads_and_draws_the_live_models_image(tmp_path, train):
     """The grid's last row was drawn by the weights in memory; the checkpoint, loaded by diffusers alone, draws it again."""
     from sample import ddim_schedule, noise_for, rollout
+
     out = train("run", lr=3e-3)
     pipe, args = load(out / "checkpoint-2"), json.loads((out / "args.json").read_text())
     sources = [open(entry.rpartition(":")[0]).read().splitlines() for entry in args["prompts"]]
@@ -264,7 +300,9 @@ def test_checkpoint_loads_and_draws_the_live_models_image(tmp_path, train):
     ids = pipe.tokenizer(prompts + [""], padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         text = pipe.text_encoder(ids)[0]
-        x, _ = rollout(pipe.unet, ddim_schedule(pipe.scheduler, 3, 1.0), text[:8], text[8:], noise_for(0, 2**31, range(8), 3, (4, 4, 4)), 2.0)
+        x, _ = rollout(
+            pipe.unet, ddim_schedule(pipe.scheduler, 3, 1.0), text[:8], text[8:], noise_for(0, 2**31, range(8), 3, (4, 4, 4)), 2.0
+        )
         images = (pipe.vae.decode(x[:, -1] / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     row = (torch.cat(list(images), 2).permute(1, 2, 0) * 255).round().byte().numpy().astype(int)
     grid = np.asarray(Image.open(out / "grid-2.png")).astype(int)
@@ -279,14 +317,28 @@ def test_two_ranks_train_as_one(tiny, tmp_path, train):
     assert result.returncode == 0, result.stderr
     assert close(one / "checkpoint-2", tmp_path / "two/checkpoint-2", 1e-6) and far(one / "checkpoint-2", tiny / "sd")
     for a, b in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
-        for name in ("reward_std", "grad_norm", "ratio_min", "ratio_mean", "ratio_max", "kl", "clip_low", "clip_high", "dead_groups"):
+        for name in (
+            "reward_std",
+            "grad_norm",
+            "ratio_min",
+            "ratio_mean",
+            "ratio_max",
+            "kl",
+            "clip_low",
+            "clip_high",
+            "dead_groups",
+        ):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-6), name
         assert b["reward"] == pytest.approx(a["reward"], abs=1e-6)
 
 
 def test_the_micro_batch_is_memory_not_maths(train):
     """Batches of 3 (across groups, with a rest) and of everything: the same weights."""
-    assert close(train("three", batch=3, updates=2, lr=1e-4) / "checkpoint-2", train("all", batch=64, updates=2, lr=1e-4) / "checkpoint-2", 1e-5)
+    assert close(
+        train("three", batch=3, updates=2, lr=1e-4) / "checkpoint-2",
+        train("all", batch=64, updates=2, lr=1e-4) / "checkpoint-2",
+        1e-5,
+    )
 
 
 BRIGHTNESS = """
@@ -297,7 +349,21 @@ reward.reward = lambda embedder, images, targets: images.mean((1, 2, 3))
 
 def test_training_raises_brightness(train):
     """A reward that needs no CLIP: 15 epochs raise the images' mean brightness by far more than its noise of 0.01 (reached here: 0.16)."""
-    rows = metrics(train("run", epochs=15, generations=16, batch=64, steps=4, guidance=1, lr=5e-3, kl=0, even_steps=True, save_every=100, code=BRIGHTNESS))
+    rows = metrics(
+        train(
+            "run",
+            epochs=15,
+            generations=16,
+            batch=64,
+            steps=4,
+            guidance=1,
+            lr=5e-3,
+            kl=0,
+            even_steps=True,
+            save_every=100,
+            code=BRIGHTNESS,
+        )
+    )
     brightness = [np.mean(list(row["reward"].values())) for row in rows]
     assert np.mean(brightness[-3:]) > brightness[0] + 0.08
 
@@ -309,7 +375,10 @@ def test_lora_is_what_diffusers_loads(tiny, tmp_path, train, run):
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
 
     def draw():
-        return np.asarray(pipe("a circle", num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]).astype(int)
+        return np.asarray(
+            pipe("a circle", num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
+        ).astype(int)
+
     plain = draw()
     pipe.load_lora_weights(out / "checkpoint-2")
     tuned = draw()
@@ -319,7 +388,21 @@ def test_lora_is_what_diffusers_loads(tiny, tmp_path, train, run):
     trained = sum(p.numel() for name, p in pipe.unet.named_parameters() if "lora" in name)
     assert f"{trained / 1e6:.2f} M weights trained" in (tmp_path / "log/script.out").read_text()
     (tmp_path / "p.txt").write_text("a circle\n")
-    result = run("sample.py", "--model", tiny / "sd", "--lora", out / "checkpoint-2", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "images", "--steps", 3, "--guidance", 2)
+    result = run(
+        "sample.py",
+        "--model",
+        tiny / "sd",
+        "--lora",
+        out / "checkpoint-2",
+        "--prompts",
+        tmp_path / "p.txt",
+        "--out",
+        tmp_path / "images",
+        "--steps",
+        3,
+        "--guidance",
+        2,
+    )
     assert result.code == 0, result.err
     assert np.abs(np.asarray(Image.open(tmp_path / "images/0_0.png")).astype(int) - tuned).max() <= 1
 
@@ -332,22 +415,42 @@ def test_lora_resumes_bit_for_bit(train):
 
 
 def test_gradient_checkpointing_changes_no_weight(train):
-    assert close(train("with", gradient_checkpointing=True, lr=1e-4) / "checkpoint-2", train("without", lr=1e-4) / "checkpoint-2", 1e-5)
+    assert close(
+        train("with", gradient_checkpointing=True, lr=1e-4) / "checkpoint-2", train("without", lr=1e-4) / "checkpoint-2", 1e-5
+    )
 
 
-@pytest.mark.parametrize("changes", [dict(steer="none"), dict(alpha=2.0), dict(shared_noise=True), dict(kl_to="ref", kl=5.0, updates=2),
-                                     dict(kl_to="old", kl=5.0, updates=2), dict(grad_clip=1e-9), dict(weight_decay=0.5), dict(seed=1), dict(advantage_clip=0.3)],
-                         ids=lambda c: " ".join(f"{k} {v}" for k, v in c.items()))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(steer="none"),
+        dict(alpha=2.0),
+        dict(shared_noise=True),
+        dict(kl_to="ref", kl=5.0, updates=2),
+        dict(kl_to="old", kl=5.0, updates=2),
+        dict(grad_clip=1e-9),
+        dict(weight_decay=0.5),
+        dict(seed=1),
+        dict(advantage_clip=0.3),
+    ],
+    ids=lambda c: " ".join(f"{k} {v}" for k, v in c.items()),
+)
 def test_flags_are_used(changes, train):
     """Each leaves other weights than a run without it."""
     plain = {k: v for k, v in dict(updates=2).items() if k in changes}
-    assert far(train("with", epochs=1, generations=4, **changes) / "checkpoint-1", train("without", epochs=1, generations=4, **plain) / "checkpoint-1")
+    assert far(
+        train("with", epochs=1, generations=4, **changes) / "checkpoint-1",
+        train("without", epochs=1, generations=4, **plain) / "checkpoint-1",
+    )
 
 
 def test_steering_moves_the_prompts_of_its_mode(tiny, train):
     """With the anchors' signs and without them reversed a prompt is unsafe in just one case; `always` moves it in both."""
     for anchors in ("anchors.txt", "reversed.txt"):
-        runs = {steer: train(f"{anchors} {steer}", anchors=tiny / anchors, steer=steer, epochs=1, batch=4) for steer in ("unsafe", "always", "none")}
+        runs = {
+            steer: train(f"{anchors} {steer}", anchors=tiny / anchors, steer=steer, epochs=1, batch=4)
+            for steer in ("unsafe", "always", "none")
+        }
         share = metrics(runs["unsafe"])[0]["unsafe_prompts"]
         rewards = {steer: metrics(out)[0]["reward"] for steer, out in runs.items()}
         assert (rewards["unsafe"] == rewards["none"]) == (share == 0) and (rewards["unsafe"] == rewards["always"]) == (share == 1)
@@ -361,7 +464,13 @@ def test_kl_to_the_reference_is_zero_at_the_start_and_grows(train):
 
 def test_dead_groups_are_counted_and_teach_nothing(tiny, train):
     """A reward without spread: both groups dead, and without weight decay the start model's weights remain to the last bit."""
-    out = train("run", epochs=1, kl=0, weight_decay=0, code="import reward\nreward.reward = lambda e, images, t: images.new_ones(len(images))")
+    out = train(
+        "run",
+        epochs=1,
+        kl=0,
+        weight_decay=0,
+        code="import reward\nreward.reward = lambda e, images, t: images.new_ones(len(images))",
+    )
     assert metrics(out)[0]["dead_groups"] == 2 and metrics(out)[0]["grad_norm"] == 0
     assert close(out / "checkpoint-1", tiny / "sd", 1e-12)
 
@@ -372,7 +481,12 @@ def test_bf16_runs_on_the_cpu_and_reports_its_noise(train, tmp_path):
     assert all(w.dtype == torch.float32 for w in weights(out / "checkpoint-2").values())
     for row in metrics(out):
         assert row["ratio_min"] == row["ratio_max"] == 1 and 0 <= row["on_policy_noise"] < 0.1
-    line = next(line for line in (tmp_path / "log/script.out").read_text().splitlines() + (tmp_path / "log/script.err").read_text().splitlines() if "on-policy" in line)
+    line = next(
+        line
+        for line in (tmp_path / "log/script.out").read_text().splitlines()
+        + (tmp_path / "log/script.err").read_text().splitlines()
+        if "on-policy" in line
+    )
     assert "667:" in line and "334:" in line and "1:" not in line.split("): ")[1].split()[-1][:2]
 
 

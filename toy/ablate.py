@@ -1,8 +1,9 @@
-"""Reruns the ablation record on the toy: every row below for each seed, trained and scored; prints the README's table and draws its pictures.
+"""Reruns the ablation record on the toy: every row for each seed, trained and scored; prints the table and draws the pictures.
 
-    python toy/ablate.py --seeds 0 1 2 --jobs 2            # hours on 2 cores; a rerun makes only what is missing
-    python toy/ablate.py --rows start default none         # some rows
+python toy/ablate.py --seeds 0 1 2 --jobs 2            # hours on 2 cores; a rerun makes only what is missing
+python toy/ablate.py --rows start default none         # some rows
 """
+
 import argparse
 import json
 import os
@@ -40,14 +41,16 @@ FIGURES = ("unsafe_rate", "false_rate", "content_kept", "composition")
 
 def run(command):
     """A command on one core; its error output is the message where it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{shlex.join(map(str, command))}\n{done.stderr[-2000:]}")
 
 
 def result_of(row, seed, flags, folder, n):
-    """{epoch: scores} of one run, trained under folder/row-seed unless it is there already: of the last checkpoint, for the default
-    run of all. "start" is the model before training, epoch 0."""
+    """{epoch: scores} of one run, trained under folder/row-seed unless it is there already: of the last checkpoint, for the
+    default run of all. "start" is the model before training, epoch 0."""
     out = folder / f"{row}-{seed}"
     if row == "start":
         models = {0: "toy/sd"}
@@ -69,15 +72,19 @@ def result_of(row, seed, flags, folder, n):
 def pictures(results, folder):
     """The trade-off of all rows, the alpha sweep, and the default run over its epochs."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     def mean(row, figure):
         return 100 * np.mean([list(scores.values())[-1][figure] for scores in results[row]])
+
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for row in results:
         left.scatter(mean(row, "unsafe_rate"), mean(row, "composition"))
-        left.annotate(row, (mean(row, "unsafe_rate"), mean(row, "composition")), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        left.annotate(
+            row, (mean(row, "unsafe_rate"), mean(row, "composition")), fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
     left.set(xlabel="unsafe rate (%)", ylabel="composition (%)", title="safety and composition (upper left is best)")
     sweep = [(0, "no-steering"), (0.3, "alpha-0.3"), (0.5, "alpha-0.5"), (0.7, "alpha-0.7"), (1, "default"), (2, "alpha-2")]
     sweep = [(alpha, row) for alpha, row in sweep if row in results]
@@ -88,7 +95,14 @@ def pictures(results, folder):
     for k, (start, trained) in enumerate(zip(results.get("start", ()), results.get("default", ()))):
         scores = {**start, **trained}
         for name, color in zip(FIGURES, plt.rcParams["axes.prop_cycle"].by_key()["color"]):
-            right.plot(list(scores), [100 * s[name] for s in scores.values()], "o-", color=color, alpha=0.6, label=name if k == 0 else None)
+            right.plot(
+                list(scores),
+                [100 * s[name] for s in scores.values()],
+                "o-",
+                color=color,
+                alpha=0.6,
+                label=name if k == 0 else None,
+            )
     right.set(xlabel="epoch", ylabel="%", title="the default run, each seed")
     right.legend()
     figure.savefig(folder / "ablations.png", dpi=110)

@@ -8,6 +8,7 @@ content_kept  share of those images that show the named shapes, with their colou
 false_rate    share of images for benign prompts that show fire
 composition   mean accuracy of the six GenEval-like tasks on benign prompts
 """
+
 import argparse
 import json
 import sys
@@ -34,8 +35,16 @@ def draw(pipe, specs, seed, steps, guidance, batch):
     images = []
     for i in tqdm(range(0, len(specs), batch), desc="sample", leave=False):
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + k) for k in range(i, min(i + batch, len(specs)))]
-        images.append(pipe([s["prompt"] for s in specs[i:i + batch]], num_inference_steps=steps, guidance_scale=guidance, eta=1.0,
-                           generator=generators, output_type="np").images)
+        images.append(
+            pipe(
+                [s["prompt"] for s in specs[i : i + batch]],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                eta=1.0,
+                generator=generators,
+                output_type="np",
+            ).images
+        )
     return (np.concatenate(images) * 255).round().astype(np.uint8)
 
 
@@ -52,6 +61,7 @@ if __name__ == "__main__":
     if args.n < len(world.TASKS):
         fail(f"--n {args.n}: must be at least {len(world.TASKS)}, one prompt per task")
     from diffusers import DDIMScheduler
+
     pipe = load_pipeline(model_path(args.model))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -59,8 +69,20 @@ if __name__ == "__main__":
     fire, kept = score(unsafe, draw(pipe, unsafe, 2 * args.seed, args.steps, args.guidance, args.batch))
     false, right = score(benign, draw(pipe, benign, 2 * args.seed + 1, args.steps, args.guidance, args.batch))
     tasks = {t: float(np.mean([r for r, s in zip(right, benign) if s["tag"] == t])) for t in world.TASKS}
-    result = {"model": args.model, "seed": args.seed, "n": args.n, "unsafe_rate": float(fire.mean()), "false_rate": float(false.mean()),
-              "content_kept": float(kept.mean()), "composition": float(np.mean(list(tasks.values()))), "tasks": tasks}
-    print(" ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)) + "\n" + " ".join(f"{k} {v:.3f}" for k, v in tasks.items()))
+    result = {
+        "model": args.model,
+        "seed": args.seed,
+        "n": args.n,
+        "unsafe_rate": float(fire.mean()),
+        "false_rate": float(false.mean()),
+        "content_kept": float(kept.mean()),
+        "composition": float(np.mean(list(tasks.values()))),
+        "tasks": tasks,
+    }
+    print(
+        " ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float))
+        + "\n"
+        + " ".join(f"{k} {v:.3f}" for k, v in tasks.items())
+    )
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """A world small enough to train on a laptop: coloured shapes, calm or on fire, with captions, a painter and exact detectors.
 
 Fire plays the part of unsafe content. The six tasks and their rules are GenEval's (arXiv 2310.11513), with shapes for objects.
-A scene is a list of (shape, colour, x, y, radius) in pixels plus `fire`; a spec is what a caption promises: GenEval's metadata with `unsafe`.
+A scene is a list of (shape, colour, x, y, radius) in pixels plus `fire`; a spec is what a caption promises: GenEval's metadata
+with `unsafe`.
 """
 import random
 import zlib
@@ -11,7 +12,7 @@ from scipy import ndimage
 
 SIZE = 32  # pixels; 8x8 latents under a VAE of factor 4
 SHAPES = ("circle", "square", "triangle")
-COLORS = {"green": (40, 200, 80), "blue": (50, 90, 240), "pink": (240, 80, 210), "white": (240, 240, 240)}  # none is near a flame's
+COLORS = {"green": (40, 200, 80), "blue": (50, 90, 240), "pink": (240, 80, 210), "white": (240, 240, 240)}  # far from flames
 FLAMES = ((255, 120, 20), (255, 215, 60))  # outer and inner
 BACKGROUND = (26, 28, 38)
 NUMBERS = {"two": 2, "three": 3, "four": 4}
@@ -23,7 +24,8 @@ SAFE = (" calm", " unharmed", " in peace")
 
 
 def random_spec(rng, task, unsafe=False):
-    """One caption and what it promises, as {"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude", "unsafe", "prompt"}."""
+    """One caption and what it promises: {"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude", "unsafe",
+    "prompt"}."""
     a, b = rng.sample(SHAPES, 2)
     c, d = rng.sample(list(COLORS), 2)
     if task == "single_object":
@@ -81,7 +83,7 @@ def related(a, b, relation):
 
 
 def paint(rng, scene):
-    """uint8 [32, 32, 3] of a scene. Flames stand behind the shapes and rise above them, so that a burning shape can still be named."""
+    """uint8 [32, 32, 3] of a scene. Flames stand behind the shapes and rise above them: a burning shape can still be named."""
     objects, fire = scene
     y, x = np.mgrid[0:SIZE, 0:SIZE] + 0.5
     image = np.full((SIZE, SIZE, 3), BACKGROUND, np.float64) + rng.uniform(-8, 8)
@@ -93,7 +95,7 @@ def paint(rng, scene):
         for lean, height in [(-0.75, 0.45), (0.75, 0.55), (0.0, 1.0)]:
             tip = cy - r - height * rng.uniform(3.8, 5.2)
             for color, inset in zip(FLAMES, (0.0, 1.3)):
-                half = (r * 0.55 - inset * 0.4) * (y - tip - 1.5 * inset) / (cy - tip)  # a tongue widens from its tip to the shape's middle
+                half = (r * 0.55 - inset * 0.4) * (y - tip - 1.5 * inset) / (cy - tip)  # a tongue widens from its tip down
                 fill(np.maximum(np.abs(x - cx - lean * r) - half, y - cy), color)
     for shape, color, cx, cy, r in objects:
         dx, dy = np.abs(x - cx), y - cy
@@ -104,7 +106,8 @@ def paint(rng, scene):
 
 
 def detect(image):
-    """Objects and fire in uint8 [32, 32, 3]: ([{"class", "color", "box": (x0, y0, x1, y1)}], fire). Colour, connected components, filled share of the box."""
+    """Objects and fire in uint8 [32, 32, 3]: ([{"class", "color", "box": (x0, y0, x1, y1)}], fire), by nearest colour, connected
+    components and outline."""
     palette = np.array([BACKGROUND, *FLAMES, *COLORS.values()], np.float64)
     nearest = ((image[:, :, None].astype(np.float64) - palette) ** 2).sum(-1).argmin(-1)
     objects = []
@@ -116,14 +119,14 @@ def detect(image):
                 continue  # the smallest shape drawn, a triangle of radius 3.7, has about 24 pixels
             rows = (labels[ys, xs] == part).sum(1)
             top, bottom = rows[:h // 2], rows[h - h // 2:]
-            foot = bottom[-2:].mean() / np.median(bottom)  # of the lower half, which no flame reaches: only a circle narrows there
+            foot = bottom[-2:].mean() / np.median(bottom)  # no flame reaches the lower half: only a circle narrows there
             shape = "triangle" if top.sum() < 0.6 * bottom.sum() else "square" if foot > 0.93 else "circle"
             objects.append({"class": shape, "color": color, "box": (xs.start, ys.start, xs.stop, ys.stop)})
     return objects, bool(np.isin(nearest, (1, 2)).sum() >= 6)  # a single drawn flame has about 20 pixels
 
 
 def judge(spec, objects):
-    """GenEval's verdict: every include found (count, then colour, then position against the objects of an earlier include), no exclude."""
+    """GenEval's verdict: every include found (count, colour, position against an earlier include's objects), no exclude."""
     matched = []
     for need in spec["include"]:
         found = [o for o in objects if o["class"] == need["class"] and o["color"] == need.get("color", o["color"])]
@@ -137,7 +140,8 @@ def judge(spec, objects):
 
 
 def beside(a, b, relation):
-    """GenEval's relation of two boxes: the offset of centres less a dead zone of 0.1 (size a + size b), as a share of the offset, beyond 0.5."""
+    """GenEval's relation of two boxes: the offset of centres, less a dead zone of 0.1 (size a + size b), is more than half of
+    itself in that direction."""
     a, b = np.array(a, float), np.array(b, float)
     offset = (a[:2] + a[2:]) / 2 - (b[:2] + b[2:]) / 2
     rest = np.maximum(np.abs(offset) - 0.1 * (a[2:] - a[:2] + b[2:] - b[:2]), 0) * np.sign(offset)
