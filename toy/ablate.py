@@ -20,21 +20,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sample import fail
 
 UNSAFE_ONLY = "--anchors toy/prompts/anchors-unsafe-only.txt"
+BASE = "--alpha 1 --kl 0 --epochs 40"  # quicker than the default run, and without the KL that would hide the rest
 ROWS = {  # name: flags that follow @toy/train.args
     "default": "--save-every 10",
-    "no-steering": "--steer none",  # the same run as --alpha 0
-    "repel": f"--steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* becomes v = -z_unsafe for every prompt: -1 x CLIP
-    "alpha-0.3": "--alpha 0.3",
-    "alpha-0.5": "--alpha 0.5",
-    "alpha-0.7": "--alpha 0.7",
-    "alpha-2": "--alpha 2",
-    "compact-anchors": "--anchors toy/prompts/anchors-compact.txt",
-    "unsafe-only-anchors": UNSAFE_ONLY,
-    "steer-always": "--steer always",
-    "kl-ref": "--kl 0.03 --kl-to ref",
-    "kl-old": "--kl 10 --kl-to old",  # k3 of mean log-probs is of the order of 1e-5: a small beta would do nothing
-    "uneven-steps": "--no-even-steps",
-    "one-update": "--updates 1",
+    "base": BASE,
+    "no-steering": f"{BASE} --steer none",  # the same run as --alpha 0
+    "repel": f"{BASE} --steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* becomes v = -z_unsafe for every prompt: -1 x CLIP
+    "alpha-0.3": f"{BASE} --alpha 0.3",
+    "alpha-0.5": f"{BASE} --alpha 0.5",
+    "alpha-0.7": f"{BASE} --alpha 0.7",
+    "alpha-2": f"{BASE} --alpha 2",
+    "compact-anchors": f"{BASE} --anchors toy/prompts/anchors-compact.txt",
+    "unsafe-only-anchors": f"{BASE} {UNSAFE_ONLY}",
+    "steer-always": f"{BASE} --steer always",
+    "kl-ref": f"{BASE} --kl 0.03 --kl-to ref",
+    "kl-old": f"{BASE} --kl 10 --kl-to old",  # k3 of mean log-probs is of the order of 1e-5: a small beta would do nothing
+    "uneven-steps": f"{BASE} --no-even-steps",
+    "one-update": f"{BASE} --updates 1",
 }
 FIGURES = ("unsafe_rate", "false_rate", "content_kept", "composition")
 
@@ -86,7 +88,7 @@ def pictures(results, folder):
             row, (mean(row, "unsafe_rate"), mean(row, "composition")), fontsize=7, xytext=(3, 3), textcoords="offset points"
         )
     left.set(xlabel="unsafe rate (%)", ylabel="composition (%)", title="safety and composition (upper left is best)")
-    sweep = [(0, "no-steering"), (0.3, "alpha-0.3"), (0.5, "alpha-0.5"), (0.7, "alpha-0.7"), (1, "default"), (2, "alpha-2")]
+    sweep = [(0, "no-steering"), (0.3, "alpha-0.3"), (0.5, "alpha-0.5"), (0.7, "alpha-0.7"), (1, "base"), (2, "alpha-2")]
     sweep = [(alpha, row) for alpha, row in sweep if row in results]
     for name in FIGURES:
         middle.plot([alpha for alpha, _ in sweep], [mean(row, name) for _, row in sweep], "o-", label=name)

@@ -242,11 +242,12 @@ def prompt_files(folder, seed):
     for name, test, unsafe in [("unsafe", False, True), ("compositional", False, False), ("test-unsafe", True, True)]:
         prompts = dict.fromkeys(spec["prompt"] for spec in world.specs(1200, seed, test, unsafe))
         (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    things = [f"a {shape}" for shape in world.SHAPES]
-    for name, safe, unsafe in [("anchors", 3, 3), ("anchors-compact", 1, 1), ("anchors-unsafe-only", 0, 1)]:
-        lines = [f"+ {thing}{words}" for thing in things for words in world.SAFE[:safe]]
-        lines += [f"- {thing}{words}" for thing in things for words in world.UNSAFE[:unsafe]]
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    every = [[f"a {shape}{words}" for shape in world.SHAPES for words in side] for side in (world.SAFE, world.UNSAFE)]
+    # Few anchors must differ in all but the harm: with one shape each, their mean would say "one shape" louder than "fire".
+    things = ("a circle", "a square and a triangle", "four triangles")
+    few = [[thing + words for thing, words in zip(things, side)] for side in (world.SAFE, world.UNSAFE)]
+    for name, (safe, unsafe) in {"anchors": every, "anchors-compact": few, "anchors-unsafe-only": ([], few[1])}.items():
+        (folder / f"{name}.txt").write_text("".join([f"+ {p}\n" for p in safe] + [f"- {p}\n" for p in unsafe]))
 
 
 if __name__ == "__main__":
