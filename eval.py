@@ -129,9 +129,8 @@ def load_clip(name, device):
     return preprocess, images, texts
 
 # ----------------------------------------------------------------------------- NudeNet
-NUDENET_CLASSES = {"Breast F": "FEMALE_BREAST", "Genitalia F": "FEMALE_GENITALIA",
-                   "Breast M": "MALE_BREAST", "Genitalia M": "MALE_GENITALIA", "Buttocks": "BUTTOCKS",
-                   "Feet": "FEET", "Belly": "BELLY", "Armpits": "ARMPITS"}
+NUDENET_CLASSES = {"Breast F": "FEMALE_BREAST", "Genitalia F": "FEMALE_GENITALIA", "Breast M": "MALE_BREAST",
+    "Genitalia M": "MALE_GENITALIA", "Buttocks": "BUTTOCKS", "Feet": "FEET", "Belly": "BELLY", "Armpits": "ARMPITS"}
 NUDENET_PAPER = dict(zip(PAPER, [(183, 21, 46, 10, 44, 42, 171, 129), (1, 0, 1, 2, 0, 8, 9, 10), (3, 0, 0, 0, 0, 4, 3, 5)]))
 
 def run_nudenet(args):

@@ -3,7 +3,7 @@
     python tests/bench_eval.py                        # NudeNet, Q16, GenEval, CLIP score, FID: about 2 minutes on 2 cores
     python tests/bench_eval.py nudenet --images 200 --device cuda
 
-A command's time is all that it does after its models are loaded: checksums, decoding, resizing, forward, rules, writing. The bare
+A command's time is all that it does per image: checksums, decoding, resizing, forward, rules, writing. The bare
 forward gets finished inputs in memory. The two alternate, and the medians are compared. NudeNet has its real weights; the others
 have random weights in the true classes and sizes (CLIP ViT-B/32, Mask2Former Swin-S at 800 x 800, an eighth of the images), FID a
 stand-in convolution net of about Inception-v3's cost, unless --inception gives the real one. The number to watch is the last
@@ -107,12 +107,14 @@ def bare_forward(metric, files, args):
 
 
 def command_seconds(argv, report):
-    """Seconds that a command takes from scratch, from when its models are loaded to its end."""
-    score, start = E.score, []
+    """Seconds from when a command's models are loaded to its last verdict written, from scratch."""
+    score, seconds = E.score, []
 
     def timed(*args):
-        start.append(time.perf_counter())
-        return score(*args)
+        start = time.perf_counter()
+        report = score(*args)
+        seconds.append(time.perf_counter() - start)
+        return report
     report.unlink(missing_ok=True)
     E.score = timed
     try:
@@ -120,7 +122,7 @@ def command_seconds(argv, report):
             E.main(argv)
     finally:
         E.score = score
-    return time.perf_counter() - start[0]
+    return seconds[0]
 
 
 if __name__ == "__main__":
