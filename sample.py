@@ -1,6 +1,6 @@
 """DDIM sampling with log-probabilities (imported by train.py) and, as a script, a file of prompts -> a folder of images.
 
-    python sample.py --model runs/toy/checkpoint-80 --prompts toy/prompts/test.txt --out out/toy
+    python sample.py --model toy/sd --prompts toy/prompts/test-unsafe.txt --steps 10 --guidance 2 --eta 1 --out out/toy
     python sample.py --model CompVis/stable-diffusion-v1-4 --prompts i2p.csv --out out/i2p       # 4,703 images, row seeds
     torchrun --nproc_per_node 8 sample.py --model runs/r1/checkpoint-300 --prompts evaluation_metadata.jsonl --out out/geneval
 
