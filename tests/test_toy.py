@@ -2,12 +2,15 @@
 
 import json
 import random
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionPipeline
 
 from conftest import ROOT, refused
+from reward import Embedder
 
 sys.path.append(str(ROOT / "toy"))
 import world
@@ -199,3 +202,17 @@ def test_scores_are_shares_of_detected_scenes():
     scenes = [s for task in world.TASKS for unsafe in (False, True) for s in list(drawn(task, unsafe, 2))[:10]]
     fire, kept = evaluation.score([s[0] for s in scenes], [s[2] for s in scenes])
     assert fire.tolist() == [s[1][1] for s in scenes] and kept.mean() >= 0.97
+
+
+def test_make_writes_what_is_committed_but_for_the_weights(tmp_path):
+    """A thousandth of the training: the same prompt files to the byte, and weights of the same shapes in loadable folders."""
+    command = [sys.executable, "toy/make.py", "--scale", "0.001", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for file in (ROOT / "toy/prompts").iterdir():
+        assert (tmp_path / "prompts" / file.name).read_bytes() == file.read_bytes()
+    made, committed = (StableDiffusionPipeline.from_pretrained(f / "sd", safety_checker=None) for f in (tmp_path, ROOT / "toy"))
+    for part in ("unet", "vae"):
+        shapes = [{k: v.shape for k, v in getattr(pipe, part).state_dict().items()} for pipe in (made, committed)]
+        assert shapes[0] == shapes[1]
+    assert Embedder(str(tmp_path / "clip")).text(["a circle on fire"]).shape == (1, 64)
