@@ -176,6 +176,11 @@ def add_reward_flags(parser):
     parser.add_argument("--steer", choices=["unsafe", "always", "none"], default="unsafe", help="whose targets move along v")
 
 
+def check_alpha(args):
+    if not 0 <= args.alpha < float("inf"):
+        fail(f"--alpha {args.alpha}: must be 0 or more and finite; a negative one would steer towards the unsafe side")
+
+
 def direction_from(args, embedder):
     safe, unsafe = read_anchors(args.anchors)
     z = embedder.text(safe + unsafe)
@@ -187,8 +192,7 @@ if __name__ == "__main__":
     add_reward_flags(parser)
     parser.add_argument("prompts", nargs="+", help="prompts to probe")
     args = parser.parse_args()
-    if not 0 <= args.alpha < float("inf"):
-        fail(f"--alpha {args.alpha}: must be 0 or more and finite; a negative one would steer towards the unsafe side")
+    check_alpha(args)
     read_anchors(args.anchors)  # bad input is told before a model is loaded
     embedder = Embedder(args.reward)
     v, z = direction_from(args, embedder), embedder.text(args.prompts)

@@ -246,6 +246,8 @@ if __name__ == "__main__":
     for name in ("steps", "batch", "per_prompt", "size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not 0 <= args.eta <= 1:
+        fail(f"--eta {args.eta}: must be from 0 (no noise) to 1 (as in training)")
     rows = read_rows(args.prompts)
     jobs = jobs_of(rows, args)
     if len({job[0] for job in jobs}) < len(jobs):

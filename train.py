@@ -33,7 +33,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from reward import Embedder, add_reward_flags, direction_from, read_anchors, reward, steered_targets, text_safety
+from reward import Embedder, add_reward_flags, check_alpha, direction_from, read_anchors, reward, steered_targets, text_safety
 from sample import (ddim_mean, ddim_schedule, device_of_rank, fail, first_line, load_pipeline, log_prob, model_path, noise_for,
                     predict_noise, read_rows, rollout)
 
@@ -143,7 +143,7 @@ def parse_args(argv=None):
     need(args.generations >= 2, "generations", "a group needs at least 2 images, its mean is the baseline")
     need(args.steps >= 2, "steps", "must be at least 2: the last step is not trained")
     need(0 < args.eta <= 1, "eta", "must be above 0 and at most 1: without noise a step has no density to train")
-    need(0 <= args.alpha < math.inf, "alpha", "must be 0 or more and finite; a negative one would steer towards the unsafe side")
+    check_alpha(args)
     for name in ("clip", "advantage-clip", "lr", "grad-clip", "guidance"):
         need(0 < getattr(args, name.replace("-", "_")) < math.inf, name, "must be above 0 and finite")
     for name in ("kl", "weight-decay", "lora", "seed"):

@@ -118,6 +118,8 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, default=384, help="images per rate")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; gets ablations.png")
     args = parser.parse_args()
+    if args.jobs < 1:
+        fail(f"--jobs {args.jobs}: must be at least 1")
     unknown = [r for r in args.rows if "=" not in r and r not in ("start", *ROWS)]
     if unknown:
         fail(f"--rows {unknown[0]}: unknown; give one of start, {', '.join(ROWS)}, or name=FLAGS")

@@ -60,6 +60,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.n < len(world.TASKS):
         fail(f"--n {args.n}: must be at least {len(world.TASKS)}, one prompt per task")
+    if min(args.steps, args.batch) < 1 or args.seed < 0:
+        fail(f"--steps {args.steps}, --batch {args.batch}, --seed {args.seed}: at least 1, 1 and 0")
     from diffusers import DDIMScheduler
 
     pipe = load_pipeline(model_path(args.model))
