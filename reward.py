@@ -107,11 +107,10 @@ class Embedder:
 
     @torch.no_grad()
     def text(self, phrases):
-        """[len(phrases), D]"""
+        """[len(phrases), D], always in fp32: the sign of s(p) must not hang on the batch or the precision."""
         length = self.clip.config.text_config.max_position_embeddings
         ids = self.tokenizer(list(phrases), padding=True, max_length=length, truncation=True, return_tensors="pt").input_ids
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            z = self.clip.get_text_features(ids.to(self.device)).pooler_output
+        z = self.clip.get_text_features(ids.to(self.device)).pooler_output
         return F.normalize(z.float(), dim=-1)
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ def kl_gaussian(mean, reference_mean, sigma):
 def draw_prompts(counts, weights, n, seed, epoch):
     """n (source, row) pairs of an epoch, a function of (seed, epoch) alone: sources by systematic sampling of the weights
     (0.5 / 0.5 gives half and half), rows without replacement where a source has enough."""
-    rng = np.random.default_rng([seed, epoch])
+    rng = np.random.default_rng([seed, epoch, 0, 2])  # fourth word: 0 (none) is the samples' noise, 1 the order of pairs
     sources = np.searchsorted(np.cumsum(weights), (np.arange(n) + rng.random()) / n, side="right").clip(max=len(weights) - 1)
     rows = np.empty(n, int)
     for s in np.unique(sources):
@@ -483,13 +483,13 @@ def main(args):
                         kl = kl_gaussian(mean, ddim_mean(schedule, j, x, out), schedule.sigma[j])
                         kls.append(kl.detach() * dimensions)
                     else:
-                        kl = kl_k3(log_ratio)
+                        kl = kl_k3(new - old)
                         kls.append(((new - old).detach() * dimensions) ** 2 / 2)  # nats; the summed ratio's k3 may overflow
                     objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
                     (-objective * world / pairs_per_update).backward()  # DDP averages over ranks; this makes it the global mean
                 log_ratios.append(log_ratio.detach())
                 if k == 0:
-                    noise_by_step.scatter_reduce_(0, j, (new.detach() - old_log_probs[n, j]).abs(), "amax")
+                    noise_by_step.scatter_reduce_(0, j, ((new.detach() - old_log_probs[n, j]) / gain[j]).abs(), "amax")
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             if not norm.isfinite():  # before the step: the weights are still good
                 worst = torch.cat(log_ratios[-len(micro):])

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,6 +38,9 @@ ROWS = {  # name: flags that follow @toy/train.args
     "kl-old": f"{BASE} --kl 10 --kl-to old",  # k3 of mean log-probs is of the order of 1e-5: a small beta would do nothing
     "uneven-steps": f"{BASE} --no-even-steps",
     "one-update": f"{BASE} --updates 1",
+    "one-update-long": f"{BASE} --updates 1 --epochs 160",  # as many optimizer steps as base
+    "no-guidance": f"{BASE} --guidance 1 --epochs 80",  # cheaper epochs, so more of them at the same compute
+    "fewer-steps": f"{BASE} --steps 5 --epochs 80",
 }
 FIGURES = ("unsafe_rate", "false_rate", "content_kept", "composition")
 
@@ -71,43 +75,49 @@ def result_of(row, seed, flags, folder, n):
     return {epoch: json.loads((out / f"scores-{epoch}.json").read_text()) for epoch in sorted(models)}
 
 
-def pictures(results, folder):
-    """The trade-off of all rows, the alpha sweep, and the default run over its epochs."""
+def pictures(results, folder, seed):
+    """ablations.png: the trade-off of all rows, the alpha sweep, the default run over its epochs; bars are one standard deviation
+    over the seeds. samples.png: what the default run of one seed draws for the same prompts and noise, a line per checkpoint."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def mean(row, figure):
-        return 100 * np.mean([list(scores.values())[-1][figure] for scores in results[row]])
+    def last(row, figure):  # in %, one value per seed
+        return [100 * list(scores.values())[-1][figure] for scores in results[row]]
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for row in results:
-        left.scatter(mean(row, "unsafe_rate"), mean(row, "composition"))
-        left.annotate(
-            row, (mean(row, "unsafe_rate"), mean(row, "composition")), fontsize=7, xytext=(3, 3), textcoords="offset points"
-        )
-    left.set(xlabel="unsafe rate (%)", ylabel="composition (%)", title="safety and composition (upper left is best)")
-    sweep = [(0, "no-steering"), (0.3, "alpha-0.3"), (0.5, "alpha-0.5"), (0.7, "alpha-0.7"), (1, "base"), (2, "alpha-2")]
-    sweep = [(alpha, row) for alpha, row in sweep if row in results]
-    for name in FIGURES:
-        middle.plot([alpha for alpha, _ in sweep], [mean(row, name) for _, row in sweep], "o-", label=name)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    colors = plt.get_cmap("tab20").colors
+    for k, row in enumerate(results):
+        x, y = last(row, "unsafe_rate"), last(row, "composition")
+        look = dict(fmt="o^sD"[k % 4], color=colors[k % 20], capsize=2, elinewidth=0.7, label=row)
+        left.errorbar(np.mean(x), np.mean(y), np.std(y), np.std(x), **look)
+    left.set(xlabel="unsafe rate (%), logarithmic above 10", ylabel="composition (%)", title="trade-off: upper left is best")
+    left.set_xscale("symlog", linthresh=10)  # most rows lie below 10 %
+    left.set_xlim(-1, 130)
+    left.legend(fontsize=7, ncols=2)
+    sweep = {0: "no-steering", 0.3: "alpha-0.3", 0.5: "alpha-0.5", 0.7: "alpha-0.7", 1: "base", 2: "alpha-2"}
+    sweep = {alpha: row for alpha, row in sweep.items() if row in results}
+    for name in FIGURES if sweep else ():
+        points = [last(row, name) for row in sweep.values()]
+        middle.errorbar(list(sweep), np.mean(points, 1), np.std(points, 1), fmt="o-", capsize=2, label=name)
     middle.set(xlabel="alpha", ylabel="%", title="steering strength")
-    middle.legend()
-    for k, (start, trained) in enumerate(zip(results.get("start", ()), results.get("default", ()))):
-        scores = {**start, **trained}
-        for name, color in zip(FIGURES, plt.rcParams["axes.prop_cycle"].by_key()["color"]):
-            right.plot(
-                list(scores),
-                [100 * s[name] for s in scores.values()],
-                "o-",
-                color=color,
-                alpha=0.6,
-                label=name if k == 0 else None,
-            )
-    right.set(xlabel="epoch", ylabel="%", title="the default run, each seed")
-    right.legend()
+    if "start" in results and "default" in results:
+        runs = [{**start, **trained} for start, trained in zip(results["start"], results["default"])]
+        for name in FIGURES:
+            points = [[100 * scores[name] for scores in run.values()] for run in runs]  # [seeds, checkpoints]
+            right.errorbar(list(runs[0]), np.mean(points, 0), np.std(points, 0), fmt="o-", capsize=2, label=name)
+    right.set(xlabel="epoch", ylabel="%", title="the default run")
+    for axis in (middle, right):
+        if axis.lines:
+            axis.legend()
     figure.savefig(folder / "ablations.png", dpi=110)
+
+    grids = {int(file.stem.split("-")[1]): file for file in (folder / f"default-{seed}").glob("grid-*.png")}
+    if grids:
+        lines = [np.asarray(Image.open(grids[epoch])) for epoch in sorted(grids)]
+        height = len(lines[0])  # the start model's; the later ones hold it above their own
+        Image.fromarray(np.concatenate([line[-height:] for line in lines])).save(folder / "samples.png")
 
 
 if __name__ == "__main__":
@@ -116,7 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training and scoring")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
     parser.add_argument("--n", type=int, default=384, help="images per rate")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; gets ablations.png")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; gets ablations.png and samples.png")
     args = parser.parse_args()
     if args.jobs < 1:
         fail(f"--jobs {args.jobs}: must be at least 1")
@@ -133,6 +143,6 @@ if __name__ == "__main__":
     print(f"| row | flags | {' | '.join(FIGURES)} |\n|---|---{'|---' * len(FIGURES)}|")
     for row, scores in results.items():
         last = [list(s.values())[-1] for s in scores]
-        cells = [f"{100 * np.mean(x):.1f} ± {100 * np.std(x):.1f}" for x in ([s[k] for s in last] for k in FIGURES)]
+        cells = [f"{100 * np.mean(x):.1f} ± {100 * np.std(x, ddof=len(x) > 1):.1f}" for x in ([s[k] for s in last] for k in FIGURES)]
         print(f"| {row} | `{rows[row]}` | {' | '.join(cells)} |")
-    pictures(results, args.out)
+    pictures(results, args.out, args.seeds[0])
