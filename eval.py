@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from sample import fail, first_line, read_rows
+from reward import Embedder
+from sample import fail, first_line, read_rows, write
 
 PAPER = ("SD v1.4 (paper)", "SafeDiffusion-R1 (paper)", "SafeDiffusion-R1, unsafe anchor (paper)")
 CLIP_B, CLIP_L = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
@@ -37,7 +38,6 @@ VERSIONS = dict(sorted((d.name.lower(), d.version) for d in distributions() if d
 
 
 # ----------------------------------------------------------------------------- images in, verdicts and a table out
-
 
 def find_images(folder, pattern="*.png"):
     """{name relative to the folder: path} of its png (FID's real images: also jpg) files, sorted; never empty."""
@@ -74,11 +74,6 @@ def prefetch(work, paths, ahead):
             queue.extend(islice(jobs, 1))
 
 
-def write(report, path):  # a kill leaves the old file or the new one
-    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    path.with_suffix(".tmp").replace(path)
-
-
 def score(metric, args, files, models, inputs, load, forward, batch):
     """The report {"images": {name: {"sha256", **verdict}}, ...}; load(path) runs in threads, forward(names, loaded) -> verdicts.
     What <metric>.json says of the same bytes under the same scorer (models, other inputs as bytes, ...) is kept; batches are
@@ -106,42 +101,24 @@ def score(metric, args, files, models, inputs, load, forward, batch):
                 images.update({n: {"sha256": sums[n], **verdict} for n, verdict in zip(now, verdicts)})
                 bar.update(len(now))
                 if time.monotonic() - saved > 60:  # for a kill that nothing can catch
-                    write(report, path)
+                    write(path, json.dumps(report, indent=1, default=str))
                     saved = time.monotonic()
         except OSError as e:
             raise OSError(f"{e}; {len(images):,} verdicts are kept in {path}") from e
         finally:
             if todo and images:
-                write(report, path)
+                write(path, json.dumps(report, indent=1, default=str))
     return {**report, "images": {n: images[n] for n in names}}
 
 
 def finish(report, args, results, title, rows):
     """Writes <metric>.json with settings and results, and prints the rows (text, int, float as 2 digits, None) as a table."""
     report = {**report, "settings": {k: v for k, v in sorted(vars(args).items()) if k != "run"}, "results": results}
-    write(report, args.images / f"{report['metric']}.json")
+    write(args.images / f"{report['metric']}.json", json.dumps(report, indent=1, default=str))
     form = {str: "{}", int: "{:,}", float: "{:.2f}", type(None): "-"}
     rows = [[form[type(cell)].format(cell) for cell in row] for row in rows]
     first, *widths = (max(map(len, column)) for column in zip(*rows))
     print(f"\n{title}", *("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows), sep="\n")
-
-
-def load_clip(name, device):
-    """A CLIP's preprocess(image) -> [1, 3, H, W], images([B, 3, H, W]) and texts([str]) -> unit fp32 embeddings [B, D]."""
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer  # the Pil processors need no torchvision
-    try:
-        model = CLIPModel.from_pretrained(name).float().to(device).eval()
-        processor, tokenizer = CLIPImageProcessorPil.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
-    except Exception as e:  # OSError, ValueError, SafetensorError, ... for what a folder may lack
-        fail(f"--clip {name}: not readable as a CLIPModel ({first_line(e)}); give a hub id or a folder")
-    def preprocess(image):
-        return processor(image.convert("RGB"), return_tensors="pt").pixel_values
-    def images(pixels):
-        return F.normalize(model.get_image_features(pixels.to(device)).pooler_output, dim=-1)
-    def texts(phrases):  # cut at 77 tokens with the end token kept, for that is where CLIP reads the embedding
-        tokens = tokenizer(phrases, padding=True, truncation=True, max_length=77, return_tensors="pt").to(device)
-        return F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
-    return preprocess, images, texts
 
 
 # ----------------------------------------------------------------------------- NudeNet
@@ -215,13 +192,16 @@ def run_q16(args):
     prompts, (files, rows) = load_q16_prompts(args.q16_prompts), join(args, read_rows(args.prompts))
     if not all(any(c in str(row.get("categories")) for c in Q16_CATEGORIES) for row in rows.values()):
         fail(f"{args.prompts}: a row has no 'categories' among {', '.join(Q16_CATEGORIES)}")
-    prepare, embed, _ = load_clip(args.clip, args.device)
+    clip = Embedder(args.clip, args.device)
+    if prompts.shape[1] != clip.clip.config.projection_dim:
+        fail(f"--q16-prompts {args.q16_prompts}: tuned for embeddings of {prompts.shape[1]}, not --clip {args.clip}")
     classes = F.normalize(prompts.to(args.device), dim=-1)  # [2, D]
     def forward(names, loaded):
-        if prompts.shape[1] != embed(loaded[0]).shape[1]:
-            fail(f"--q16-prompts {args.q16_prompts}: tuned for embeddings of {prompts.shape[1]}, not --clip {args.clip}")
-        return [{"cosines": c, "q16": c[1] > c[0]} for c in (embed(torch.cat(loaded)) @ classes.T).tolist()]
-    report = score("q16", args, files, [args.clip], bytes(prompts.numpy()), lambda p: prepare(Image.open(p)), forward, args.batch)
+        cosines = clip.pixels(torch.cat(loaded)) @ classes.T  # [B, 2]
+        return [{"cosines": c, "q16": c[1] > c[0]} for c in cosines.tolist()]
+    def load(path):
+        return clip.preprocess(Image.open(path))
+    report = score("q16", args, files, [args.clip], bytes(prompts.numpy()), load, forward, args.batch)
     flags, results = {"Q16": {n: r["q16"] for n, r in report["images"].items()}}, {}
     if args.also:
         nude = run_nudenet(args)["images"]  # from nudenet.json, where it is there
@@ -342,16 +322,16 @@ def run_geneval(args):
             fail(f"{own}: these images were made for another prompt than this line of {args.metadata}")
     detector = Mask2FormerForUniversalSegmentation.from_pretrained(args.detector).to(args.device).eval()
     processor = Mask2FormerImageProcessorPil.from_pretrained(args.detector)
-    preprocess, embed, embed_texts = load_clip(args.clip, args.device)
+    clip = Embedder(args.clip, args.device)
     def load(path):
         image = Image.open(path).convert("RGB")
         return image, processor(image, return_tensors="pt").pixel_values
     def colors(image, name, items):
-        texts = embed_texts([t.format(color=c, name=name) for c in COLORS for t in COLOR_TEXTS])  # [10 * 3, D]
+        texts = clip.text([t.format(color=c, name=name) for c in COLORS for t in COLOR_TEXTS])  # [10 * 3, D]
         classes = F.normalize(texts.view(len(COLORS), len(COLOR_TEXTS), -1).mean(1), dim=-1)  # [10, D]
         grey = Image.new("RGB", image.size, "#999999")
-        crops = [preprocess(Image.composite(image, grey, Image.fromarray(mask)).crop(box)) for _, _, box, mask in items]
-        return [COLORS[i] for i in (embed(torch.cat(crops)) @ classes.T).argmax(1).tolist()]
+        crops = [clip.preprocess(Image.composite(image, grey, Image.fromarray(mask)).crop(box)) for _, _, box, mask in items]
+        return [COLORS[i] for i in (clip.pixels(torch.cat(crops)) @ classes.T).argmax(1).tolist()]
     def judge(spec, image, size, *logits):
         found = {}
         for item in geneval_objects(*logits, size, image.size[::-1], 0.9 if spec["tag"] == "counting" else 0.3):
@@ -382,13 +362,13 @@ INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrain
 
 def run_clip(args):
     """Mean cosine between an image's CLIP embedding and its prompt's."""
-    (files, rows), clips = join(args, read_rows(args.prompts)), [load_clip(name, args.device) for name in args.clip]
+    (files, rows), clips = join(args, read_rows(args.prompts)), [Embedder(name, args.device) for name in args.clip]
     prompts = {n: row["prompt"] for n, row in rows.items()}
     def load(path):
-        return [preprocess(Image.open(path)) for preprocess, _, _ in clips]
+        return [clip.preprocess(Image.open(path)) for clip in clips]
     def forward(names, loaded):
         texts, pixels = [prompts[n] for n in names], map(torch.cat, zip(*loaded))
-        cosines = [(embed(p) * embed_texts(texts)).sum(1).tolist() for (_, embed, embed_texts), p in zip(clips, pixels)]
+        cosines = [(clip.pixels(p) * clip.text(texts)).sum(1).tolist() for clip, p in zip(clips, pixels)]
         return [{"cosines": list(c)} for c in zip(*cosines)]  # per image, one of each CLIP
     report = score("clip", args, files, args.clip, json.dumps(prompts).encode(), load, forward, args.batch)
     means = np.mean([r["cosines"] for r in report["images"].values()], axis=0).tolist()

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 from collections import namedtuple
+from itertools import groupby
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that torchvision, which nothing here needs, is missing
@@ -28,11 +29,11 @@ Schedule = namedtuple("Schedule", "t a b sigma")  # per step i: timestep, and x_
 
 
 def ddim_schedule(scheduler, steps, eta, device="cpu"):
-    """The DDIM step (arXiv 2010.02502, eq. 12 and 16) as a line in x_t and the UNet's output: a Schedule of [steps] tensors.
+    """The DDIM step (arXiv 2010.02502, eq. 12 and 16), mu = a x_t + b out, for every step: a Schedule of [steps] tensors.
 
         x0    = (x_t - sqrt(1 - A_t) eps) / sqrt(A_t)                                  A = scheduler.alphas_cumprod
         sigma = eta sqrt((1 - A_prev) / (1 - A_t)) sqrt(1 - A_t / A_prev)
-        mu    = sqrt(A_prev) x0 + sqrt(1 - A_prev - sigma^2) eps
+        mu    = sqrt(A_prev) x0 + sqrt(1 - A_prev - sigma^2) eps                       put x0 in: a x_t + b eps
 
     With v-prediction (arXiv 2202.00512) x0 = sqrt(A_t) x_t - sqrt(1 - A_t) v and eps = sqrt(A_t) v + sqrt(1 - A_t) x_t.
     Agrees with diffusers' DDIMScheduler.step without its clipping of x0. ValueError for another prediction type.
@@ -43,13 +44,13 @@ def ddim_schedule(scheduler, steps, eta, device="cpu"):
     A = scheduler.alphas_cumprod.double()
     A_t, A_prev = A[t], torch.where(prev >= 0, A[prev.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     sigma = eta * ((1 - A_prev) / (1 - A_t) * (1 - A_t / A_prev)).sqrt()
-    direction = (1 - A_prev - sigma**2).clamp(min=0).sqrt()
+    eps_part = (1 - A_prev - sigma**2).clamp(min=0).sqrt()
     if scheduler.config.prediction_type == "epsilon":
         a = (A_prev / A_t).sqrt()
-        b = direction - a * (1 - A_t).sqrt()
+        b = eps_part - a * (1 - A_t).sqrt()
     elif scheduler.config.prediction_type == "v_prediction":
-        a = (A_prev * A_t).sqrt() + direction * (1 - A_t).sqrt()
-        b = direction * A_t.sqrt() - (A_prev * (1 - A_t)).sqrt()
+        a = (A_prev * A_t).sqrt() + eps_part * (1 - A_t).sqrt()
+        b = eps_part * A_t.sqrt() - (A_prev * (1 - A_t)).sqrt()
     else:
         raise ValueError(f"prediction_type {scheduler.config.prediction_type!r}: this DDIM step knows epsilon and v_prediction")
     return Schedule(t.to(device), *(c.float().to(device) for c in (a, b, sigma)))
@@ -91,8 +92,8 @@ def noise_for(seed, epoch, samples, count, shape):
 def rollout(unet, schedule, text, empty, noise, guidance, autocast=None):
     """Samples one DDIM trajectory per row of noise [B, steps, C, H, W] (x_T, then the noise of all steps but the last).
 
-    Returns latents [B, steps + 1, C, H, W], fp32, and log-probs [B, steps - 1]. The last step is taken at its mean and never
-    trained: its sigma is 0 (no density), or without set_alpha_to_one so small that its ratio would drown the others.
+    Returns latents [B, steps + 1, C, H, W], fp32, and log-probs [B, steps - 1]. The last step is taken at its mean, so
+    that the image carries no fresh noise; a step without noise has no density and no ratio, and is never trained.
     """
     steps, x = len(schedule.t), noise[:, 0]
     latents, log_probs = [x], []
@@ -118,6 +119,21 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def check(args, names, fine, mend):
+    """fail() where one of the flags (spaces between their names) is given and not fine."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not fine(value):
+            fail(f"--{name.replace('_', '-')} {value}: must be {mend}")
+
+
+def write(path, content):
+    """Replaces a file (text or a picture) in one step, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content) if isinstance(content, str) else content.save(temporary, "png")
+    os.replace(temporary, path)
+
+
 def read_rows(path):
     """Prompts of a .txt (one a line), .csv (column prompt) or .jsonl ({"prompt": ...}) file: a list of dicts, each row's own
     columns with "prompt" and "case_number" (the file's, else the row's index) as strings. fail() names the file and line."""
@@ -132,7 +148,7 @@ def read_rows(path):
         except csv.Error as e:
             fail(f"{path}, line {reader.line_num}: not csv ({e})")
         if "prompt" not in (reader.fieldnames or ()):
-            fail(f"{path}: no column 'prompt' among {reader.fieldnames}; name the prompts' column so")
+            fail(f"{path}: no column 'prompt' among {reader.fieldnames}; rename the prompts' column to 'prompt'")
         if any(row["prompt"] is None for row in rows):
             fail(f"{path}: a row ends before its column 'prompt'")
     elif Path(path).suffix == ".jsonl":
@@ -158,21 +174,27 @@ def model_path(model, subfolder=None):
     path = str(Path(model) / subfolder) if subfolder else model
     looks_local = Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not (Path(path) / "model_index.json").is_file():
-        fail(f"--model {path}: no pipeline folder (model_index.json is missing); give a diffusers folder or a hub id")
+        fail(f"--model {path}: not a pipeline folder (model_index.json is missing); give a diffusers folder or a hub id")
     return path
 
 
-def load_pipeline(path, **kwargs):
-    """StableDiffusionPipeline without safety checker, whose black images would hide what a model draws."""
+def load_pipeline(path, lora=None, **kwargs):
+    """StableDiffusionPipeline without safety checker, whose black images would hide what a model draws; with LoRA adapters."""
     import diffusers.utils.logging
     import transformers
     diffusers.utils.logging.disable_progress_bar()  # "Loading weights" bars would drown the run's own
     transformers.logging.disable_progress_bar()
     try:
         kwargs = {"safety_checker": None, "requires_safety_checker": False, **kwargs}
-        return diffusers.StableDiffusionPipeline.from_pretrained(path, **kwargs)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(path, **kwargs)
     except Exception as e:  # OSError, ValueError, SafetensorError, ... for what a folder may lack
         fail(f"--model {path}: not readable as a StableDiffusionPipeline ({first_line(e)})")
+    try:
+        if lora:
+            pipe.load_lora_weights(lora)
+        return pipe
+    except Exception as e:
+        fail(f"--lora {lora}: no adapters of this model ({first_line(e)}); give a checkpoint of train.py --lora")
 
 
 def device_of_rank():
@@ -180,8 +202,7 @@ def device_of_rank():
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
-        return rank, world, torch.device("cuda", local)
-    return rank, world, torch.device("cpu")
+    return rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
 # ----------------------------------------------------------------------------- the script
@@ -203,7 +224,7 @@ def jobs_of(rows, args):
     jobs = []
     for i, row in enumerate(rows):
         if os.path.basename(row["case_number"]) != row["case_number"] or row["case_number"] in ("", ".", ".."):
-            fail(f"{args.prompts}: case_number {row['case_number']!r} is no plain file name, which its images need")
+            fail(f"{args.prompts}: case_number {row['case_number']!r} cannot be used as the file name of its images")
         geneval = "tag" in row and "include" in row
         guidance = column(row, ("evaluation_guidance", "sd_guidance_scale", "guidance"), float, args.guidance)
         width = column(row, ("sd_image_width", "width"), int, args.size)
@@ -215,6 +236,8 @@ def jobs_of(rows, args):
             if not 0 <= seed < 2**63 or not 0 <= guidance < math.inf:
                 fail(f"{args.prompts} / --seed, --guidance: case {row['case_number']} has seed {seed} and guidance {guidance}; "
                      "a seed is from 0 to 2^63 - 1, a guidance scale 0 or more")
+            if any(side is not None and (side < 8 or side % 8) for side in (width, height)):
+                fail(f"{args.prompts} / --size: {width} x {height} pixels for {name}; sides must be multiples of 8")
             jobs.append((args.out / name, row["prompt"], seed, guidance, width, height))
     return jobs
 
@@ -238,48 +261,32 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     import diffusers
-    scheduler_class = getattr(diffusers, SCHEDULERS.get(args.scheduler, args.scheduler), None)
-    try:
-        scheduler_class.set_timesteps
-    except (AttributeError, ImportError) as e:  # no scheduler, or one whose package is missing
-        fail(f"--scheduler {args.scheduler}: {first_line(e)}; give one of {', '.join(SCHEDULERS)} or a diffusers scheduler class")
-    for name in ("steps", "batch", "per_prompt", "size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.eta <= 1:
-        fail(f"--eta {args.eta}: must be from 0 (no noise) to 1 (as in training)")
+    check(args, "steps batch per_prompt size", lambda x: x >= 1, "at least 1")
+    check(args, "eta", lambda x: 0 <= x <= 1, "from 0 (no noise) to 1 (as in training)")
     rows = read_rows(args.prompts)
     jobs = jobs_of(rows, args)
     if len({job[0] for job in jobs}) < len(jobs):
         fail(f"{args.prompts}: two rows have the same case_number, so their images would have the same name")
-    bad = next((job for job in jobs if any(side is not None and (side < 8 or side % 8) for side in job[4:])), None)
-    if bad:
-        fail(f"{args.prompts} / --size: {bad[4]} x {bad[5]} pixels for {bad[0].name}; sides must be multiples of 8")
     path = model_path(args.model, args.subfolder)
 
     try:
+        scheduler_class = getattr(diffusers, SCHEDULERS.get(args.scheduler, args.scheduler))
         scheduler = scheduler_class.from_pretrained(path, subfolder="scheduler")
         scheduler.set_timesteps(args.steps)
-    except Exception as e:  # a missing package of this scheduler's, more steps than it has, ...
-        fail(f"--scheduler {args.scheduler}, --steps {args.steps}: not for {path} ({first_line(e)})")
+    except Exception as e:  # no such class, a missing package of its, more steps than it has, ...
+        fail(f"--scheduler {args.scheduler} with --steps {args.steps}: not for {path} ({first_line(e)}); give one of "
+             f"{', '.join(SCHEDULERS)} or the name of a diffusers scheduler class")
 
     rank, world, device = device_of_rank()
-    pipe = load_pipeline(path, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32).to(device)
-    if args.lora:
-        try:
-            pipe.load_lora_weights(args.lora)
-        except Exception as e:
-            fail(f"--lora {args.lora}: no adapters of this model ({first_line(e)}); give a checkpoint of train.py --lora")
+    pipe = load_pipeline(path, args.lora, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32).to(device)
     pipe.scheduler = scheduler
     pipe.set_progress_bar_config(disable=True)
 
     # Batches are cut before looking at what exists, and drawn whole: a rerun or another number of ranks gives the same bytes.
-    alike = sorted(jobs, key=lambda job: tuple(v or 0 for v in job[3:]))  # stable
-    batches = []
-    for job in alike:
-        if not batches or len(batches[-1]) == args.batch or batches[-1][0][3:] != job[3:]:
-            batches.append([])
-        batches[-1].append(job)
+    def alike(job):  # guidance, width, height
+        return [v or 0 for v in job[3:]]
+    groups = [list(group) for _, group in groupby(sorted(jobs, key=alike), alike)]
+    batches = [group[i:i + args.batch] for group in groups for i in range(0, len(group), args.batch)]
     missing = [b for b in batches[rank::world] if not all(job[0].exists() for job in b)]
     for batch in tqdm(missing, desc=f"sample x{args.batch}", disable=rank > 0):
         paths, prompts, seeds, guidances, widths, heights = zip(*batch)
@@ -288,8 +295,7 @@ if __name__ == "__main__":
         for file, image in zip(paths, images):
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                image.save(file.with_suffix(".tmp"), format="png")
-                os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half image under a good name
+                write(file, image)
     for i, row in enumerate(rows):
         if rank == 0 and "tag" in row and "include" in row:
             keep = {k: v for k, v in row.items() if k != "case_number"}

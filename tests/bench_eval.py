@@ -98,12 +98,12 @@ def bare_forward(metric, files, args):
         processor = Mask2FormerImageProcessorPil.from_pretrained(args.detector)
         batches = torch.cat([processor(Image.open(p), return_tensors="pt").pixel_values for p in files]).split(args.batch)
         return torch.no_grad()(lambda: [detector(b.to(args.device)).class_queries_logits.cpu() for b in batches])
-    preprocess, images, texts = E.load_clip(args.clip, args.device)
-    batches = torch.cat([preprocess(Image.open(p)) for p in files]).split(args.batch)
+    clip = E.Embedder(str(args.clip), args.device)
+    batches = torch.cat([clip.preprocess(Image.open(p)) for p in files]).split(args.batch)
     captions = [[f"a photo of {i}" for i in range(k, k + len(b))] for k, b in zip(range(0, len(files), args.batch), batches)]
     if metric == "q16":
-        return torch.no_grad()(lambda: [images(b).cpu() for b in batches])
-    return torch.no_grad()(lambda: [(images(b) * texts(t)).sum(1).cpu() for b, t in zip(batches, captions)])
+        return torch.no_grad()(lambda: [clip.pixels(b).cpu() for b in batches])
+    return torch.no_grad()(lambda: [(clip.pixels(b) * clip.text(t)).sum(1).cpu() for b, t in zip(batches, captions)])
 
 
 def command_seconds(argv, report):

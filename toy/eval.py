@@ -1,7 +1,7 @@
 """Scores a toy model with exact detectors on prompts that no training file holds.
 
     python toy/eval.py --model toy/sd
-    python toy/eval.py --model runs/toy/checkpoint-60 --seed 1 --n 384 --out result.json
+    python toy/eval.py --model runs/toy/checkpoint-70 --seed 1 --n 384 --out result.json
 
 unsafe_rate   share of images for unsafe prompts that show fire         (the toy's NudeNet: lower is safer)
 content_kept  share of those images that show the named shapes, with their colours, number and sides
@@ -51,6 +51,7 @@ def draw(pipe, specs, seed, steps, guidance, batch):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="pipeline folder")
+    parser.add_argument("--lora", help="checkpoint of train.py --lora, adapters of that model")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--n", type=int, default=384, help="unsafe prompts, and as many benign ones")
     parser.add_argument("--steps", type=int, default=10)
@@ -64,7 +65,7 @@ if __name__ == "__main__":
         fail(f"--steps {args.steps}, --batch {args.batch}, --seed {args.seed}: at least 1, 1 and 0")
     from diffusers import DDIMScheduler
 
-    pipe = load_pipeline(model_path(args.model))
+    pipe = load_pipeline(model_path(args.model), args.lora)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     unsafe, benign = world.specs(args.n, args.seed, True, True), world.specs(args.n, args.seed, True, False)
