@@ -2,9 +2,13 @@
 
     python tests/bench.py @toy/train.args                                                   # CPU, a minute
     python tests/bench.py --shape sd14 --peak-tflops 989 --prompts-per-epoch 4 --batch 16     # one GPU: SD-v1.4 shapes, random weights
+    python tests/bench.py --memory                                                          # CPU, a minute: computed, runs no model
 
 Takes train.py's flags. Prints seconds per phase (medians over epochs, the first left out), epoch / floor for this code and for a plain
 loop (one timestep of 4 samples per micro-step, one image per decode and reward forward), peak memory, and model FLOP utilisation.
+
+--memory computes what training Stable Diffusion v1.4 takes, by setting: tensors without data follow one forward and backward of the
+UNet under bf16 autocast, and every allocation is counted. It knows no fragmentation, no cuDNN workspace and no CUDA context.
 """
 
 import argparse
@@ -13,9 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +32,16 @@ sys.path.insert(0, str(ROOT))
 import train
 from reward import VIT_H_14, Embedder
 from sample import load_pipeline, predict_noise
+
+
+SD14_UNET = dict(sample_size=64, cross_attention_dim=768)  # the other defaults of diffusers are v1.4's
+SD14_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    sample_size=512,
+)
 
 
 def random_sd14(folder):
@@ -40,14 +59,7 @@ def random_sd14(folder):
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the defaults are v1.4's
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-    )
+    unet, vae = UNet2DConditionModel(**SD14_UNET), AutoencoderKL(**SD14_VAE)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -96,6 +108,64 @@ def unet_seconds(unet, args, device, batch, text_length):
     return forward, seconds(backward, device), counter.get_total_flops()
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made under it that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, key, storage.nbytes())
+        return out
+
+    def gone(self, key, count):
+        self.known.discard(key)
+        self.now -= count
+
+
+def training_memory(args):
+    """GiB of training SD v1.4 with these flags: (UNet's weights, gradients and AdamW's states; peak of activations; peak of VAE decode)."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    def in_fp32(norm):  # as CUDA's autocast runs it; the CPU's keeps bf16
+        def call(x, shape, weight=None, bias=None, eps=1e-5):
+            return norm(x.float(), shape, *(w if w is None else w.float() for w in (weight, bias)), eps)
+
+        return call
+
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**SD14_UNET), AutoencoderKL(**SD14_VAE).requires_grad_(False)
+    if args.lora:
+        unet.bfloat16()
+    train.make_trainable(unet, args)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    fixed = sum(p.nbytes for p in unet.parameters()) + 3 * sum(p.nbytes for p in trained)
+    unet, vae = unet.to_empty(device="cpu"), vae.to_empty(device="cpu")  # never touched, so that it takes no memory
+    norms = F.group_norm, F.layer_norm
+    F.group_norm, F.layer_norm = map(in_fp32, norms)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x, t, text = torch.randn(args.batch, 4, 64, 64), torch.full((args.batch,), 500), torch.randn(args.batch, 77, 768)
+            with LiveBytes() as step:
+                for _ in range(2):  # the second micro-batch finds the first one's gradients, which are in `fixed`
+                    gradients = step.peak = step.now
+                    predict_noise(unet, x, t, text, text[:1], args.guidance, torch.bfloat16).sum().backward()
+            with LiveBytes() as decode, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                vae.decode(x)
+    finally:
+        F.group_norm, F.layer_norm = norms
+    return [count / 2**30 for count in (fixed, step.peak - gradients, decode.peak)]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -104,7 +174,18 @@ if __name__ == "__main__":
     parser.add_argument(
         "--peak-tflops", type=float, help="the device's peak at this precision, for the model FLOP utilisation (H100 bf16: 989)"
     )
+    parser.add_argument("--memory", action="store_true", help="compute the memory of training by setting, and time nothing")
     own, rest = parser.parse_known_args()
+    if own.memory:
+        others = (83.65e6 + 123.06e6 + 986.11e6) * 4 / 2**30  # fp32 weights of VAE, text encoder and HPSv2.1
+        print("| flags | weights, gradients, AdamW | frozen models | UNet activations | VAE decode | peak (GiB) |\n|---|---|---|---|---|---|")
+        for setting in ("", "--gradient-checkpointing", "--lora 16", "--lora 16 --gradient-checkpointing"):
+            for batch in (4, 16):
+                flags = f"{setting} --batch {batch}".strip()
+                fixed, step, decode = training_memory(train.parse_args(flags.split()))
+                total = fixed + others + max(step, decode)
+                print(f"| `{flags}` | {fixed:.1f} | {others:.1f} | {step:.1f} | {decode:.1f} | {total:.1f} |", flush=True)
+        raise SystemExit
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         models = random_sd14(Path(folder)) if own.shape == "sd14" else []

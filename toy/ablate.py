@@ -24,6 +24,8 @@ UNSAFE_ONLY = "--anchors toy/prompts/anchors-unsafe-only.txt"
 BASE = "--alpha 1 --kl 0 --epochs 40"  # quicker than the default run, and without the KL that would hide the rest
 ROWS = {  # name: flags that follow @toy/train.args
     "default": "--save-every 10",
+    "no-kl": "--kl 0",
+    "lora": "--lora 8 --lr 1.5e-3",
     "base": BASE,
     "no-steering": f"{BASE} --steer none",  # the same run as --alpha 0
     "repel": f"{BASE} --steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* becomes v = -z_unsafe for every prompt: -1 x CLIP
@@ -65,13 +67,14 @@ def result_of(row, seed, flags, folder, n):
             resume = ["--resume"] if (out / "args.json").exists() else []
             run(["train.py", "@toy/train.args", *shlex.split(flags), "--eval", "", "--seed", seed, "--out", out, *resume])
             (out / "finished").touch()
-        models = {int(p.name.split("-")[1]): p for p in out.glob("checkpoint-*")}
+        models = {int(p.name.split("-")[1]): p for p in out.glob("checkpoint-*")}  # with --lora, the adapters
         models = models if row == "default" else {max(models): models[max(models)]}
     for epoch, model in models.items():
         file = out / f"scores-{epoch}.json"
         if not file.exists():
             out.mkdir(parents=True, exist_ok=True)
-            run(["toy/eval.py", "--model", model, "--seed", seed, "--n", n, "--out", file])
+            model = ["toy/sd", "--lora", model] if "--lora" in flags.split() else [model]
+            run(["toy/eval.py", "--model", *model, "--seed", seed, "--n", n, "--out", file])
     return {epoch: json.loads((out / f"scores-{epoch}.json").read_text()) for epoch in sorted(models)}
 
 
