@@ -390,12 +390,14 @@ def test_resume_of_another_run_is_refused(changes, words, tiny, tmp_path, run, w
 
 
 def test_resume_of_a_finished_run_changes_nothing_and_more_epochs_go_on(tiny, tmp_path, run, whole):
-    """--epochs and --save-every may change."""
+    """--epochs and --save-every may change, and what changes the run by rounding only."""
     out = shutil.copytree(whole[0], tmp_path / "run")
     assert run(*run_args(tiny, out, resume=True)).code == 0
     same_run(out, whole[0])
     assert run(*run_args(tiny, out, resume=True, epochs=6, save_every=2)).code == 0
     assert loads(out) == [1, 2, 3, 4, 6] and len(metrics(out)) == 6
+    assert run(*run_args(tiny, out, resume=True, epochs=7, batch=2, gradient_checkpointing=True)).code == 0
+    assert len(metrics(out)) == 7
 
 
 def test_a_lost_state_is_told_and_not_trained_over(tiny, tmp_path, run, whole):

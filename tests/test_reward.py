@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -380,6 +381,7 @@ def test_anchor_files_signs_comments_and_blank_lines(tmp_path):
         (b"- unsafe\nsafe\n", "line 2"),
         (b"- unsafe\n+\n", "line 2"),
         (b"-  \n", "line 1"),
+        (b"+ one\n+ two\n- two\n- one\n", "no direction"),
         (b"\xff\xfe- x", "cannot be read"),
         (None, "cannot be read"),
     ],
@@ -400,19 +402,22 @@ def test_bad_anchor_files_are_one_line(content, word, tiny, tmp_path, run):
         (["--alpha", "inf"], "--alpha"),
         (["--reward", "/nonexistent/clip"], "--reward"),
         (["--reward", "tests"], "config.json"),
+        (["--images=README.md"], "--images"),
     ],
 )
 def test_bad_flags_of_the_probe_are_one_line(flags, word, tiny, run):
     refused(run("reward.py", "--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", *flags, "a"), word)
 
 
-def test_a_damaged_clip_folder_is_one_line(tiny, tmp_path, run):
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    for file in (tiny / "clip").iterdir():
-        (clip / file.name).write_bytes(file.read_bytes())
-    os.truncate(clip / "model.safetensors", 500)
-    refused(run("reward.py", "--reward", clip, "--anchors", tiny / "anchors.txt", "a"), "--reward")
+@pytest.mark.parametrize("damage, word", [("truncated", "--reward"), ("no tokenizer", "tokenizer")])
+def test_a_damaged_clip_folder_is_one_line(damage, word, tiny, tmp_path, run):
+    clip = shutil.copytree(tiny / "clip", tmp_path / "clip")
+    if damage == "truncated":
+        os.truncate(clip / "model.safetensors", 500)
+    else:
+        for file in [*clip.glob("token*"), *clip.glob("vocab*"), *clip.glob("merges*")]:
+            file.unlink()
+    refused(run("reward.py", "--reward", clip, "--anchors", tiny / "anchors.txt", "a"), "--reward", word)
 
 
 def test_the_probe_prints_safety_and_cosines(tiny, embedder, run):
@@ -432,3 +437,20 @@ def test_the_probe_prints_safety_and_cosines(tiny, embedder, run):
             [float(c) for c in (row[0], *row[2:5])], [s, *(z @ target / np.linalg.norm(target))], atol=6e-4
         )
     assert {row[1] for row in rows} == {"yes", "no"}
+
+
+def test_the_probe_prints_the_reward_of_images(tiny, embedder, tmp_path, run):
+    """--images: under each prompt what `reward` gives for the same pixels."""
+    anchors = read_anchors(tiny / "anchors.txt")
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
+    files = [tmp_path / "first.png", tmp_path / "second.png"]
+    for file, array in zip(files, pixels.numpy()):
+        Image.fromarray(array).save(file)
+    prompts = ["a circle on fire", "a circle calm"]
+    flags = ["--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", "--alpha", 0.7]
+    result = run("reward.py", *flags, *prompts, "--images", *files)
+    assert result.code == 0, result.err
+    v = safety_direction(*(embedder.text(p) for p in anchors))
+    for line, target in zip(result.out.splitlines()[-2:], steered_targets(embedder.text(prompts), v, 0.7)):
+        expected = reward(embedder, pixels.permute(0, 3, 1, 2) / 255, target.expand(2, -1))
+        np.testing.assert_allclose([float(c) for c in line.split()[4:6]], expected.numpy(), atol=6e-4)

@@ -457,8 +457,10 @@ def test_steering_moves_the_prompts_of_its_mode(tiny, train):
         assert rewards["always"] != rewards["none"]
 
 
-def test_kl_to_the_reference_is_zero_at_the_start_and_grows(train):
-    rows = metrics(train("run", kl_to="ref", kl=0.01, lr=3e-3, epochs=3, batch=4))
+@pytest.mark.parametrize("changes", [{}, dict(precision="bf16"), dict(precision="bf16", lora=2)], ids=str)
+def test_kl_to_the_reference_is_zero_at_the_start_and_grows(changes, train):
+    """The reference computes in the policy's own dtypes: rounding alone makes no KL."""
+    rows = metrics(train("run", kl_to="ref", kl=0.01, lr=3e-3, epochs=3, batch=4, **changes))
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-3
 
 
@@ -501,6 +503,22 @@ def test_evaluation_runs_before_and_after(tmp_path, train):
     """--eval gets the start model and the last checkpoint."""
     out = train("run", eval=f"echo {{model}} >> {tmp_path / 'log.txt'}")
     assert [line.split("/")[-1] for line in (tmp_path / "log.txt").read_text().split()] == ["sd", "checkpoint-2"] and out.exists()
+
+
+def test_evaluation_of_lora_gets_model_and_adapters(tiny, tmp_path, train):
+    """{model} becomes arguments that sample.py understands; "python" is the interpreter that trains, whatever PATH says."""
+    command = f"python sample.py --prompts {tiny / 'one.txt'} --steps 2 --out {tmp_path}/$(echo {{model}} | wc -w) --model {{model}}"
+    train("run", eval=command, lora=2, lr=0.05, epochs=1, environment={"PATH": "/usr/bin:/bin"})
+    before, after = ((tmp_path / name / "0_0.png").read_bytes() for name in ("1", "3"))  # MODEL; MODEL --lora CHECKPOINT
+    assert before != after
+
+
+def test_a_failing_evaluation_ends_the_run(tiny, tmp_path, run):
+    """Before training it costs no training; after it, the checkpoint stays and the exit code tells."""
+    result = run(*train_args(tiny, tmp_path / "first", eval="exit 3"))
+    assert result.code == 1 and "exit code 3" in result.err and not (tmp_path / "first/metrics.jsonl").read_text()
+    result = run(*train_args(tiny, tmp_path / "last", eval="case {model} in *checkpoint*) exit 4;; esac"))
+    assert result.code == 1 and "exit code 4" in result.err and load(tmp_path / "last/checkpoint-2")
 
 
 def test_arguments_from_a_file_and_a_subfolder(tiny, tmp_path, run):
