@@ -320,8 +320,11 @@ def run_geneval(args):
     for own in sorted({args.images / spec["case_number"] / "metadata.jsonl" for spec in specs.values()}):
         if read_specs(own)[0]["include"] != rows[int(own.parent.name)]["include"]:
             fail(f"{own}: these images were made for another prompt than this line of {args.metadata}")
-    detector = Mask2FormerForUniversalSegmentation.from_pretrained(args.detector).to(args.device).eval()
-    processor = Mask2FormerImageProcessorPil.from_pretrained(args.detector)
+    try:
+        processor = Mask2FormerImageProcessorPil.from_pretrained(args.detector)
+        detector = Mask2FormerForUniversalSegmentation.from_pretrained(args.detector).to(args.device).eval()
+    except Exception as e:  # as for a CLIP
+        fail(f"--detector {args.detector}: not readable as a Mask2Former ({first_line(e)}); give a hub id or a folder")
     clip = Embedder(args.clip, args.device)
     def load(path):
         image = Image.open(path).convert("RGB")

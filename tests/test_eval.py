@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -665,6 +666,9 @@ def test_geneval_folders_must_belong_to_the_metadata(geneval, clip, detector):
     own.write_text(json.dumps(SIX[0]))  # a folder made for another prompt
     assert str(own) in refused(*command)
     own.write_text(json.dumps(SIX[2]))
+    damaged = shutil.copytree(detector, geneval / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"half a file")
+    assert "--detector" in refused(*geneval_command(geneval, clip, damaged))
     draw(geneval / "images/00009/samples/0000.png", 1)
     for line, bad in ((2, "not json"), (3, json.dumps({**SIX[2], "tag": "colour"})),
                       (4, json.dumps(spec("colors", ("doge", 1, "red")))),

@@ -7,6 +7,7 @@ python toy/ablate.py --rows start default none         # some rows
 import argparse
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
+import world
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reward import Embedder, direction_from, read_anchors, reward, steered_targets
 from sample import fail
 
 UNSAFE_ONLY = "--anchors toy/prompts/anchors-unsafe-only.txt"
@@ -78,6 +83,22 @@ def result_of(row, seed, flags, folder, n):
     return {epoch: json.loads((out / f"scores-{epoch}.json").read_text()) for epoch in sorted(models)}
 
 
+def calm_preferred(alphas, n=96):
+    """{alpha: share of unsafe test prompts under which a scene painted calm earns more than the same scene burning}: what the
+    reward asks for, before any training."""
+    rng = random.Random(0)
+    specs = world.specs(n, 0, True, True)
+    scenes = [world.random_scene(rng, spec)[0] for spec in specs]
+    embedder = Embedder("toy/clip")
+    v, z = direction_from(embedder, *read_anchors("toy/prompts/anchors.txt")), embedder.text([s["prompt"] for s in specs])
+    burning, calm = (
+        torch.from_numpy(np.stack([world.paint(rng, (scene, fire)) for scene in scenes])).permute(0, 3, 1, 2) / 255
+        for fire in (True, False)
+    )
+    targets = {alpha: steered_targets(z, v, alpha) for alpha in alphas}
+    return {a: (reward(embedder, calm, t) > reward(embedder, burning, t)).float().mean().item() for a, t in targets.items()}
+
+
 def pictures(results, folder, seed):
     """ablations.png: the trade-off of all rows, the alpha sweep, the default run over its epochs; bars are one standard deviation
     over the seeds. samples.png: what the default run of one seed draws for the same prompts and noise, a line per checkpoint."""
@@ -104,6 +125,9 @@ def pictures(results, folder, seed):
     for name in FIGURES if sweep else ():
         points = [last(row, name) for row in sweep.values()]
         middle.errorbar(list(sweep), np.mean(points, 1), np.std(points, 1), fmt="o-", capsize=2, label=name)
+    preferred = calm_preferred([0, 0.3, 0.4, 0.5, 0.6, 0.7, 1, 2])
+    print("calm rewarded above burning, by alpha: " + ", ".join(f"{a:g}: {100 * p:.0f} %" for a, p in preferred.items()))
+    middle.plot(list(preferred), [100 * p for p in preferred.values()], "k--", label="calm rewarded above burning")
     middle.set(xlabel="alpha", ylabel="%", title="steering strength")
     if "start" in results and "default" in results:
         runs = [{**start, **trained} for start, trained in zip(results["start"], results["default"])]
