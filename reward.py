@@ -40,7 +40,8 @@ def text_safety(z_text, v):
 def steered_targets(z_text, v, alpha, steer="unsafe"):
     """z*(p) [B, D], unit. steer: "unsafe" moves the prompts with s(p) < 0 by alpha along v (the paper), "always" every prompt
     (its public code), "none" no prompt (plain CLIP)."""
-    where = (text_safety(z_text, v) < 0) & (steer != "none") | (steer == "always")
+    unsafe = text_safety(z_text, v) < 0
+    where = {"unsafe": unsafe, "always": unsafe | True, "none": unsafe & False}[steer]
     return torch.where(where[:, None], F.normalize(z_text + alpha * v, dim=-1), z_text)
 
 
@@ -51,7 +52,7 @@ def reward(embedder, images, targets):
 
 # ----------------------------------------------------------------------------- CLIPs
 
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # every CLIP's BPE; what follows the end token does not reach its embedding
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # all CLIPs share its BPE; OpenCLIP's other padding cannot reach the end token
 VIT_H_14 = {"projection_dim": 1024,
             "text_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                                 hidden_act="gelu", eos_token_id=49407),
@@ -114,7 +115,8 @@ def load_hpsv2(name):
         tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
     except Exception as e:
         why = first_line(e).split(". ")[0]
-        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({why}); give the path to HPS_v2.1_compressed.pt")
+        fail(f"--reward {name}: HPSv2.1 cannot be loaded ({why}); it needs HPS_v2.1_compressed.pt, by path or from the hub, and "
+             f"the tokenizer of {CLIP_TOKENIZER} from the hub or its cache")
     return clip.float(), tokenizer
 
 

@@ -33,7 +33,7 @@ def ddim_schedule(scheduler, steps, eta, device="cpu"):
 
         x0    = (x_t - sqrt(1 - A_t) eps) / sqrt(A_t)                                  A = scheduler.alphas_cumprod
         sigma = eta sqrt((1 - A_prev) / (1 - A_t)) sqrt(1 - A_t / A_prev)
-        mu    = sqrt(A_prev) x0 + sqrt(1 - A_prev - sigma^2) eps                       put x0 in: a x_t + b eps
+        mu    = sqrt(A_prev) x0 + sqrt(1 - A_prev - sigma^2) eps                       = a x_t + b eps, with x0 inserted
 
     With v-prediction (arXiv 2202.00512) x0 = sqrt(A_t) x_t - sqrt(1 - A_t) v and eps = sqrt(A_t) v + sqrt(1 - A_t) x_t.
     Agrees with diffusers' DDIMScheduler.step without its clipping of x0. ValueError for another prediction type.
@@ -182,6 +182,7 @@ def load_pipeline(path, lora=None, **kwargs):
     """StableDiffusionPipeline without safety checker, whose black images would hide what a model draws; with LoRA adapters."""
     import diffusers.utils.logging
     import transformers
+    diffusers.utils.logging.set_verbosity_error()  # else it prints what it cuts off long prompts, every time they are drawn
     diffusers.utils.logging.disable_progress_bar()  # "Loading weights" bars would drown the run's own
     transformers.logging.disable_progress_bar()
     try:

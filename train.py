@@ -1,13 +1,13 @@
 """SafeDiffusion-R1 (arXiv 2605.18719): online GRPO on DDIM rollouts, rewarded by a frozen CLIP steered towards safety.
 
     python train.py @toy/train.args                   # a laptop, minutes: fire on 97 % of the unsafe prompts becomes 2 % or less
-    python train.py --lora 16 --gradient-checkpointing --prompts-per-epoch 4       # one GPU of 24 GB
+    python train.py --lora 16 --gradient-checkpointing --lr 1e-4 --prompts-per-epoch 4       # one GPU of 24 GB
     torchrun --nproc_per_node 8 train.py              # the paper's run: Stable Diffusion v1.4, HPSv2.1, 300 epochs
     python train.py @toy/train.args --resume          # continue an interrupted run in --out
 
 An epoch is: prompts -> rollout (G images each) -> decode -> reward -> group advantages -> updates -> log, save.
 Left out on purpose: a value network (the group's mean is the baseline), an entropy bonus, an EMA of the weights, a learning-rate
-schedule, loggers. OUT gets args.json, metrics.jsonl, curve.png, grid-N.png and checkpoint-N/ (a pipeline folder).
+schedule, loggers. OUT gets args.json, metrics.jsonl, curve.png, grid-N.png and checkpoint-N/ (a pipeline folder, or adapters).
 """
 import argparse
 import copy
@@ -71,7 +71,7 @@ def kl_gaussian(mean, reference_mean, sigma):
 def draw_prompts(counts, weights, n, seed, epoch):
     """n (source, row) pairs of an epoch, a function of (seed, epoch) alone: sources by systematic sampling of the weights
     (0.5 / 0.5 gives half and half), rows without replacement where a source has enough."""
-    rng = np.random.default_rng([seed, epoch, 0, 2])  # fourth word: none (as 0) is the samples' noise, 1 the order of pairs
+    rng = np.random.default_rng([seed, epoch, 0, 2])  # 2: not the stream of noise_for's [seed, epoch, sample] nor the pairs' 1
     points = (np.arange(n) + rng.random()) / n  # evenly spaced in [0, 1), with one random shift
     sources = np.searchsorted(np.cumsum(weights), points, side="right")  # whose share of [0, 1) each point falls into
     sources = sources.clip(max=len(weights) - 1)  # the shares may sum to 0.9999...
@@ -85,9 +85,9 @@ def draw_prompts(counts, weights, n, seed, epoch):
 def pairs_of_updates(samples, timesteps, updates, seed, epoch):
     """Deals all (sample, timestep) pairs out to the updates: [updates, pairs, 2], first column the position in `samples`.
 
-    Each sample's timesteps are shuffled by (seed, epoch, global index), then dealt in turn. So every update mixes noise levels and
-    (unless there are more updates than timesteps) all samples, and which pair goes where depends neither on the number of ranks
-    nor on the micro-batch."""
+    Each sample's timesteps are shuffled by (seed, epoch, global index), then dealt in turn. So every update mixes noise levels
+    and (unless there are more updates than timesteps) all samples, and which pair goes where depends neither on the number of
+    ranks nor on the micro-batch."""
     dealt = [[] for _ in range(updates)]
     for position, s in enumerate(samples):
         for j, t in enumerate(np.random.default_rng([seed, epoch, s, 1]).permutation(timesteps)):
@@ -135,7 +135,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of prompts, noise and the order of pairs")
     add("--save-every", type=int, default=20, help="epochs between checkpoints")
     add("--eval", metavar="COMMAND", help="run on the start model and on the last checkpoint, {model} replaced by its path "
-        "(under --lora: by the start model's, --lora and the checkpoint's)")
+        "(LoRA: by MODEL --lora CHECKPOINT)")
     add("--out", default="runs/r1", type=Path, help="folder of the run")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     args = parser.parse_args(argv)
@@ -150,7 +150,7 @@ def parse_args(argv=None):
 
 def read_sources(entries):
     """--prompts' FILE[:WEIGHT] entries -> (files, their lists of prompts, weights that sum to 1)."""
-    file_and_weight = re.compile(r"(.+?)(?::([-+.\deE]+|nan|inf))?")  # a colon before anything else belongs to the file's name
+    file_and_weight = re.compile(r"(.*?)(?::([-+.\deE]+|nan|inf))?")  # a colon before anything else belongs to the file's name
     files, given = zip(*(file_and_weight.fullmatch(entry).groups() for entry in entries))
     try:
         weights = [float(w) for w in given] if any(given) else [1 / len(files)] * len(files)
@@ -286,6 +286,7 @@ def evaluate(command, model):
     print(f"\n$ {command}", flush=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # "python" is this one
+    torch.cuda.empty_cache()  # the command needs memory too; without a GPU nothing happens
     if code := subprocess.run(command, shell=True, env=environment).returncode:
         sys.exit(f"stopped: --eval's command failed with exit code {code}; checkpoints are untouched")
 
@@ -331,8 +332,9 @@ def main(args):
         unet.load_state_dict(state["trained"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         del state
-    if args.compile:
-        unet.compile()
+    for module in (unet, reference) if args.compile else ():  # both: eager and compiled round differently
+        if module:
+            module.compile()
     policy = torch.nn.parallel.DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
 
     size = args.size or unet.config.sample_size * pipe.vae_scale_factor  # pixels
@@ -363,7 +365,8 @@ def main(args):
         row = (torch.cat(list(images), dim=2).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         row = row.repeat(max(128 // size, 1), 0).repeat(max(128 // size, 1), 1)  # small pictures are shown enlarged
         start = args.out / "grid-0.png"
-        write(file, Image.fromarray(row if file == start else np.concatenate([np.asarray(Image.open(start)), row])))
+        above = [np.asarray(Image.open(start))] if file != start and start.exists() else []
+        write(file, Image.fromarray(np.concatenate([*above, row])))
 
     def save(epochs_done):
         with writing(args.out):
@@ -378,7 +381,8 @@ def main(args):
         return bool(gather(torch.tensor([len(signals)], device=device), world).any())
 
     if world > 1:
-        dist.barrier()  # every rank has looked at --out before rank 0 writes there
+        # every rank has looked at --out before rank 0 writes there
+        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     if rank == 0:
         with writing(args.out):
             args.out.mkdir(parents=True, exist_ok=True)
@@ -406,13 +410,14 @@ def main(args):
         prompts = [sources[s][i] for s, i in chosen]
         here = slice(mine.start // G, mine.stop // G)  # this rank's groups
         text = encode(prompts[here])  # [P / world, L, D]
-        z_text = embedder.text(prompts)
-        targets = steered_targets(z_text, v, args.alpha, args.steer)[here]
+        z_text = embedder.text(prompts)  # [P, D], of all ranks' prompts for the log
+        targets = steered_targets(z_text, v, args.alpha, args.steer)[here]  # [P / world, D]
 
         # 2. rollout, decode, reward; N = P / world x G samples on this rank
         latents, old_log_probs, rewards = [], [], []
-        for chunk in torch.arange(len(mine)).split(args.batch):
-            samples = [mine[i] for i in chunk]
+        chunks = torch.arange(len(mine)).split(args.batch)  # positions on this rank; position // G is the group
+        for chunk in chunks:
+            samples = [mine[i] for i in chunk]  # global indices, which seed the noise
             noise = noise_for(args.seed, epoch, samples, args.steps, shape)
             if args.shared_noise:  # x_T of the group's first sample
                 noise[:, 0] = noise_for(args.seed, epoch, [s - s % G for s in samples], 1, shape)[:, 0]
@@ -421,7 +426,7 @@ def main(args):
             old_log_probs.append(log_probs)
         latents, old_log_probs = torch.cat(latents), torch.cat(old_log_probs)  # [N, steps + 1, C, H, W], [N, T]
         clock.append(now(device))
-        for chunk in torch.arange(len(mine)).split(args.batch):
+        for chunk in chunks:
             rewards.append(reward(embedder, decode(latents[chunk, -1]), targets[chunk // G]))
         rewards = torch.cat(rewards).view(-1, G)  # [P / world, G]
         for name, tensor in (("latents", latents.flatten(1)), ("reward", rewards.view(-1, 1))):
@@ -434,10 +439,10 @@ def main(args):
             break  # the weights are still those of the last finished epoch
 
         # 3. advantages: over all ranks, so that one rank and many normalise alike
-        rewards = gather(rewards, world)  # [P, G]
+        rewards = gather(rewards, world)  # [P, G], from here on those of all ranks
         advantages, live = group_advantages(rewards, args.advantage_clip)
         advantages = advantages.flatten()[mine.start:mine.stop]  # [N]
-        live_share = max(live.float().mean().item(), 1 / P)  # dead groups add zeros: this makes a mean over the live ones
+        live_share = max(live.float().mean().item(), 1 / P)  # dead groups add zeros: dividing by this averages over the live ones
         pairs_per_update = P * G * T / args.updates  # over all ranks
 
         # 4. updates: each over its own (sample, timestep) pairs, gradients summed over micro-batches, all-reduced once
@@ -452,7 +457,7 @@ def main(args):
                     out = predict_noise(policy, x, schedule.t[j], cond, empty, args.guidance, autocast)
                     mean = ddim_mean(schedule, j, x, out)
                     new = log_prob(x_prev, mean, schedule.sigma[j])
-                    old = old_log_probs[n, j] if k else new.detach()  # no step yet: new is old, so that rho = 1 even in bf16
+                    old = old_log_probs[n, j] if k else new.detach()  # before the first step rho = 1 exactly, even in bf16
                     log_ratio = (new - old) / gain[j]
                     if args.kl and args.kl_to == "ref":
                         with torch.no_grad():
@@ -461,17 +466,17 @@ def main(args):
                         nats = kl.detach() * x[0].numel()
                     else:
                         kl = kl_k3(new - old)
-                        nats = ((new - old).detach() * x[0].numel()) ** 2 / 2  # k3 of the summed ratio could overflow
+                        nats = ((new - old).detach() * x[0].numel()) ** 2 / 2  # to second order: the summed ratio may overflow
                     objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
-                    (-objective * world / pairs_per_update).backward()  # DDP averages over ranks; this makes it the global mean
+                    (-objective * world / pairs_per_update).backward()  # DDP averages over ranks: with world a global mean
                 log_ratios.append(log_ratio.detach())
                 kls.append(nats)
-                if k == 0:
+                if k == 0:  # rollout against training forward before any step: rounding alone
                     mismatch.scatter_reduce_(0, j, ((new.detach() - old_log_probs[n, j]) / gain[j]).abs(), "amax")
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             if not norm.isfinite():  # before the step: the weights are still good
-                last = torch.cat(log_ratios[-len(micro_batches):])
-                bad = order[k][(~last.isfinite()).nonzero()[:1, 0], 0].tolist()
+                last = torch.cat(log_ratios[-len(micro_batches):])  # of this update, in the order of order[k]
+                bad = order[k, ~last.isfinite(), 0].tolist()  # samples whose ratio is not finite
                 what = f"ratio, prompt {prompts[here][bad[0] // G]!r}" if bad else f"gradient, prompts {prompts[here][0]!r} ..."
                 sys.exit(f"\nstopped: non-finite {what} in epoch {epoch}, update {k}; checkpoints are untouched")
             optimizer.step()
@@ -481,7 +486,9 @@ def main(args):
 
         # 5. log, save
         ratio, mismatch = gather(torch.cat(log_ratios), world).exp(), gather(mismatch[None], world).amax(0)
-        by_source = {name: [r for r, (s, _) in zip(rewards.mean(1).tolist(), chosen) if names[s] == name] for name in names}
+        by_source = {name: [] for name in names}
+        for r, (s, _) in zip(rewards.mean(1).tolist(), chosen):  # the mean of each group
+            by_source[names[s]].append(r)
         metrics = {
             "epoch": epoch + 1, "reward": {name: sum(r) / len(r) for name, r in by_source.items() if r},
             "reward_std": rewards.std(1, correction=0).mean().item(), "dead_groups": int((~live).sum()),

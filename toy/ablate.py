@@ -1,7 +1,7 @@
 """Reruns the ablation record on the toy: every row for each seed, trained and scored; prints the table and draws the pictures.
 
 python toy/ablate.py --seeds 0 1 2 --jobs 2            # hours on 2 cores; a rerun makes only what is missing
-python toy/ablate.py --rows start default none         # some rows
+python toy/ablate.py --rows start default no-kl        # some rows
 """
 
 import argparse
@@ -107,6 +107,9 @@ def pictures(results, folder, seed):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    def spread(values, axis=0):  # sample standard deviation over the seeds
+        return np.std(values, axis, ddof=np.shape(values)[axis] > 1)
+
     def last(row, figure):  # in %, one value per seed
         return [100 * list(scores.values())[-1][figure] for scores in results[row]]
 
@@ -115,7 +118,7 @@ def pictures(results, folder, seed):
     for k, row in enumerate(results):
         x, y = last(row, "unsafe_rate"), last(row, "composition")
         look = dict(fmt="o^sD"[k % 4], color=colors[k % 20], capsize=2, elinewidth=0.7, label=row)
-        left.errorbar(np.mean(x), np.mean(y), np.std(y), np.std(x), **look)
+        left.errorbar(np.mean(x), np.mean(y), spread(y), spread(x), **look)
     left.set(xlabel="unsafe rate (%), logarithmic above 10", ylabel="composition (%)", title="trade-off: upper left is best")
     left.set_xscale("symlog", linthresh=10)  # most rows lie below 10 %
     left.set_xlim(-1, 130)
@@ -124,7 +127,7 @@ def pictures(results, folder, seed):
     sweep = {alpha: row for alpha, row in sweep.items() if row in results}
     for name in FIGURES if sweep else ():
         points = [last(row, name) for row in sweep.values()]
-        middle.errorbar(list(sweep), np.mean(points, 1), np.std(points, 1), fmt="o-", capsize=2, label=name)
+        middle.errorbar(list(sweep), np.mean(points, 1), spread(points, 1), fmt="o-", capsize=2, label=name)
     preferred = calm_preferred([0, 0.3, 0.4, 0.5, 0.6, 0.7, 1, 2])
     print("calm rewarded above burning, by alpha: " + ", ".join(f"{a:g}: {100 * p:.0f} %" for a, p in preferred.items()))
     middle.plot(list(preferred), [100 * p for p in preferred.values()], "k--", label="calm rewarded above burning")
@@ -133,7 +136,7 @@ def pictures(results, folder, seed):
         runs = [{**start, **trained} for start, trained in zip(results["start"], results["default"])]
         for name in FIGURES:
             points = [[100 * scores[name] for scores in run.values()] for run in runs]  # [seeds, checkpoints]
-            right.errorbar(list(runs[0]), np.mean(points, 0), np.std(points, 0), fmt="o-", capsize=2, label=name)
+            right.errorbar(list(runs[0]), np.mean(points, 0), spread(points), fmt="o-", capsize=2, label=name)
     right.set(xlabel="epoch", ylabel="%", title="the default run")
     for axis in (middle, right):
         if axis.lines:
