@@ -394,8 +394,8 @@ def main(args):
                 grid(args.out / "grid-0.png")
         pairs = len(mine) * T // args.updates
         print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} steps trained: "
-              f"{len(mine) * T} (sample, timestep) pairs per rank, {args.updates} update(s) of {pairs}, in forwards of "
-              f"{args.batch}{f' and one of {pairs % args.batch}' if pairs % args.batch else ''}; "
+              f"{len(mine) * T} (sample, timestep) pairs per rank, {args.updates} update(s) of {pairs} in "
+              f"{math.ceil(pairs / args.batch)} forward(s) of up to {args.batch}; "
               f"{sum(p.numel() for p in parameters) / 1e6:.2f} M weights; epochs {start_epoch} to {args.epochs}")
         if args.eval and start_epoch == 0:
             evaluate(args.eval, shlex.quote(path))

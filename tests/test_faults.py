@@ -34,6 +34,7 @@ from conftest import ROOT, Script, load, metrics, refused, same_run, torchrun, t
         (dict(reward="{tmp}/weights.pt"), ["--reward"]),
         (dict(anchors="missing.txt"), ["--anchors"]),
         (dict(anchors="{one}"), ["--anchors", "line 1"]),
+        (dict(prompts=""), ["cannot be read"]),
         (dict(generations=1), ["--generations 1"]),
         (dict(generations=0), ["--generations 0"]),
         (dict(steps=1), ["--steps 1"]),
@@ -398,6 +399,8 @@ def test_resume_of_a_finished_run_changes_nothing_and_more_epochs_go_on(tiny, tm
     assert loads(out) == [1, 2, 3, 4, 6] and len(metrics(out)) == 6
     assert run(*run_args(tiny, out, resume=True, epochs=7, batch=2, gradient_checkpointing=True)).code == 0
     assert len(metrics(out)) == 7
+    (out / "grid-0.png").unlink()  # a picture that people will not want to keep
+    assert run(*run_args(tiny, out, resume=True, epochs=8)).code == 0 and (out / "grid-8.png").exists()
 
 
 def test_a_lost_state_is_told_and_not_trained_over(tiny, tmp_path, run, whole):
