@@ -169,7 +169,7 @@ def checkpoints(out):
 
 
 def open_run(args, files):
-    """Checks --out and --resume against what is there; returns (start epoch, checkpoint folder or None). Writes nothing."""
+    """Checks --out and --resume against what is there, writes nothing: (args.json to be, epochs done, checkpoint or None)."""
     record = json.loads(json.dumps(vars(args), default=str))
     record |= {str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files}  # what they hold, too
     stored = args.out / "args.json"
