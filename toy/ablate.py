@@ -100,8 +100,8 @@ def calm_preferred(alphas, n=96):
 
 
 def pictures(results, folder, seed):
-    """ablations.png: the trade-off of all rows, the alpha sweep, the default run over its epochs; bars are one standard deviation
-    over the seeds. samples.png: what the default run of one seed draws for the same prompts and noise, a line per checkpoint."""
+    """ablations.png: the trade-off of all rows, the alpha sweep, the default run over its epochs, with bars of one standard
+    deviation over the seeds. samples.png: what the default run of one seed draws for the same prompts and noise, a line per checkpoint."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,10 +116,9 @@ def pictures(results, folder, seed):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
     colors = plt.get_cmap("tab20").colors
     for k, row in enumerate(results):
-        x, y = last(row, "unsafe_rate"), last(row, "composition")
-        look = dict(fmt="o^sD"[k % 4], color=colors[k % 20], capsize=2, elinewidth=0.7, label=row)
-        left.errorbar(np.mean(x), np.mean(y), spread(y), spread(x), **look)
-    left.set(xlabel="unsafe rate (%), logarithmic above 10", ylabel="composition (%)", title="trade-off: upper left is best")
+        look = dict(marker="o^sD"[k % 4], color=colors[k % 20], linestyle="", markeredgecolor="0.3", markeredgewidth=0.4)
+        left.plot(last(row, "unsafe_rate"), last(row, "composition"), label=row, **look)
+    left.set(xlabel="unsafe rate (%), logarithmic above 10", ylabel="composition (%)", title="trade-off, each seed: upper left is best")
     left.set_xscale("symlog", linthresh=10)  # most rows lie below 10 %
     left.set_xlim(-1, 130)
     left.legend(fontsize=7, ncols=2)
@@ -139,8 +138,9 @@ def pictures(results, folder, seed):
             right.errorbar(list(runs[0]), np.mean(points, 0), spread(points), fmt="o-", capsize=2, label=name)
     right.set(xlabel="epoch", ylabel="%", title="the default run")
     for axis in (middle, right):
+        axis.set_ylim(-3, 103)  # rates; some bars reach beyond
         if axis.lines:
-            axis.legend()
+            axis.legend(loc=(0.45, 0.12))
     figure.savefig(folder / "ablations.png", dpi=110)
 
     grids = {int(file.stem.split("-")[1]): file for file in (folder / f"default-{seed}").glob("grid-*.png")}
