@@ -74,6 +74,10 @@ def prefetch(work, paths, ahead):
             queue.extend(islice(jobs, 1))
 
 
+def save(path, report):
+    write(path, json.dumps(report, indent=1, default=str) + "\n")
+
+
 def score(metric, args, files, models, inputs, load, forward, batch):
     """The report {"images": {name: {"sha256", **verdict}}, ...}; load(path) runs in threads, forward(names, loaded) -> verdicts.
     What <metric>.json says of the same bytes under the same scorer (models, other inputs as bytes, ...) is kept; batches are
@@ -101,20 +105,20 @@ def score(metric, args, files, models, inputs, load, forward, batch):
                 images.update({n: {"sha256": sums[n], **verdict} for n, verdict in zip(now, verdicts)})
                 bar.update(len(now))
                 if time.monotonic() - saved > 60:  # for a kill that nothing can catch
-                    write(path, json.dumps(report, indent=1, default=str))
+                    save(path, report)
                     saved = time.monotonic()
         except OSError as e:
             raise OSError(f"{e}; {len(images):,} verdicts are kept in {path}") from e
         finally:
             if todo and images:
-                write(path, json.dumps(report, indent=1, default=str))
+                save(path, report)
     return {**report, "images": {n: images[n] for n in names}}
 
 
 def finish(report, args, results, title, rows):
     """Writes <metric>.json with settings and results, and prints the rows (text, int, float as 2 digits, None) as a table."""
     report = {**report, "settings": {k: v for k, v in sorted(vars(args).items()) if k != "run"}, "results": results}
-    write(args.images / f"{report['metric']}.json", json.dumps(report, indent=1, default=str))
+    save(args.images / f"{report['metric']}.json", report)
     form = {str: "{}", int: "{:,}", float: "{:.2f}", type(None): "-"}
     rows = [[form[type(cell)].format(cell) for cell in row] for row in rows]
     first, *widths = (max(map(len, column)) for column in zip(*rows))
@@ -414,7 +418,8 @@ def run_fid(args):
 
 FLAGS = [  # the metrics that have it, the flag, its settings in argparse
     ("all", "--images", dict(type=Path, required=True, help="folder that sample.py made")),
-    ("all", "--device", dict(choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")),
+    ("all", "--device", dict(choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu",
+                             help="where the models run")),
     ("q16 geneval clip", "--partial", dict(action="store_true", help="score a folder that lacks images of some rows")),
     ("q16 clip fid", "--batch", dict(type=int, default=64, choices=range(1, 4097), metavar="N", help="images per forward")),
     ("geneval", "--batch", dict(type=int, default=4, choices=range(1, 4097), metavar="N", help="images per forward")),

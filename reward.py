@@ -72,7 +72,8 @@ def load_clip(name):
             raise OSError("it has no tokenizer, such as vocab.json and merges.txt")
         return CLIPModel.from_pretrained(name, dtype=torch.float32), tokenizer, processor
     except Exception as e:  # OSError, ValueError, SafetensorError, ... for what a folder may lack
-        fail(f"--reward / --clip {name}: not readable as a CLIPModel ({first_line(e)}); give a CLIP's id or folder")
+        fail(f"--reward / --clip {name}: not readable as a CLIPModel ({first_line(e)}); give its hub id or folder, "
+             "hpsv2, or HPSv2.1's .pt file")
 
 
 def from_openclip(state):
@@ -185,6 +186,10 @@ def add_reward_flags(parser):
     parser.add_argument("--steer", choices=["unsafe", "always", "none"], default="unsafe", help="which targets are steered")
 
 
+def check_alpha(args):
+    check(args, "alpha", lambda x: 0 <= x < math.inf, "0 or more and finite: below 0 it would steer towards the unsafe side")
+
+
 def direction_from(embedder, safe, unsafe):
     """v [D] of the phrases; one call of the text tower, for texts are padded to the longest."""
     z = embedder.text(safe + unsafe)
@@ -197,7 +202,7 @@ if __name__ == "__main__":
     parser.add_argument("prompts", nargs="+", help="prompts to probe")
     parser.add_argument("--images", nargs="+", default=[], help="image files: each one's reward under every prompt")
     args = parser.parse_args()
-    check(args, "alpha", lambda x: 0 <= x < math.inf, "0 or more and finite: below 0 it would steer towards the unsafe side")
+    check_alpha(args)
     safe, unsafe = read_anchors(args.anchors)
     try:
         images = [Image.open(file).convert("RGB") for file in args.images]

@@ -203,7 +203,8 @@ def device_of_rank():
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
-    return rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        return rank, world, torch.device("cuda", local)
+    return rank, world, torch.device("cpu")
 
 
 # ----------------------------------------------------------------------------- the script

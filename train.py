@@ -33,7 +33,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from reward import Embedder, add_reward_flags, direction_from, read_anchors, reward, steered_targets, text_safety
+from reward import Embedder, add_reward_flags, check_alpha, direction_from, read_anchors, reward, steered_targets, text_safety
 from sample import (check, ddim_mean, ddim_schedule, device_of_rank, fail, first_line, load_pipeline, log_prob, model_path,
                     noise_for, predict_noise, read_rows, rollout, write)
 
@@ -140,9 +140,11 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     args = parser.parse_args(argv)
     check(args, "prompts_per_epoch epochs updates batch save_every", lambda x: x >= 1, "at least 1")
-    check(args, "generations steps", lambda x: x >= 2, "at least 2: a group's mean is the baseline, the last step is not trained")
+    check(args, "generations", lambda x: x >= 2, "at least 2: the mean of a group's images is the baseline")
+    check(args, "steps", lambda x: x >= 2, "at least 2: the last step is not trained")
     check(args, "eta", lambda x: 0 < x <= 1, "above 0 and at most 1: without noise a step has no density to train")
-    check(args, "alpha kl weight_decay lora seed", lambda x: 0 <= x < math.inf, "0 or more and finite")
+    check_alpha(args)
+    check(args, "kl weight_decay lora seed", lambda x: 0 <= x < math.inf, "0 or more and finite")
     check(args, "clip advantage_clip lr grad_clip guidance", lambda x: 0 < x < math.inf, "above 0 and finite")
     check(args, "size", lambda x: x > 0 and x % 8 == 0, "a multiple of 8")
     return args
@@ -453,22 +455,22 @@ def main(args):
             for m, pairs in enumerate(micro_batches):
                 n, j = pairs.unbind(1)  # [B] the sample (its position on this rank), [B] the step
                 x, x_prev, cond = latents[n, j], latents[n, j + 1], text[n // G]  # DDIM's "prev": the next one of the rollout
+                # DDP decides in the forward whether the backward all-reduces: only that of the last micro-batch does
                 with policy.no_sync() if world > 1 and m < len(micro_batches) - 1 else nullcontext():
                     out = predict_noise(policy, x, schedule.t[j], cond, empty, args.guidance, autocast)
-                    mean = ddim_mean(schedule, j, x, out)
-                    new = log_prob(x_prev, mean, schedule.sigma[j])
-                    old = old_log_probs[n, j] if k else new.detach()  # before the first step rho = 1 exactly, even in bf16
-                    log_ratio = (new - old) / gain[j]
-                    if args.kl and args.kl_to == "ref":
-                        with torch.no_grad():
-                            out = predict_noise(reference, x, schedule.t[j], cond, empty, args.guidance, autocast)
-                        kl = kl_gaussian(mean, ddim_mean(schedule, j, x, out), schedule.sigma[j])
-                        nats = kl.detach() * x[0].numel()
-                    else:
-                        kl = kl_k3(new - old)
-                        nats = ((new - old).detach() * x[0].numel()) ** 2 / 2  # to second order: the summed ratio may overflow
-                    objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
-                    (-objective * world / pairs_per_update).backward()  # DDP averages over ranks: with world a global mean
+                mean = ddim_mean(schedule, j, x, out)
+                new = log_prob(x_prev, mean, schedule.sigma[j])
+                old = old_log_probs[n, j] if k else new.detach()  # before the first step rho = 1 exactly, even in bf16
+                log_ratio = (new - old) / gain[j]
+                if reference:  # frozen, and so are its inputs: no graph is kept
+                    out = predict_noise(reference, x, schedule.t[j], cond, empty, args.guidance, autocast)
+                    kl = kl_gaussian(mean, ddim_mean(schedule, j, x, out), schedule.sigma[j])
+                    nats = kl.detach() * x[0].numel()
+                else:
+                    kl = kl_k3(new - old)
+                    nats = ((new - old).detach() * x[0].numel()) ** 2 / 2  # to second order: the summed ratio may overflow
+                objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
+                (-objective * world / pairs_per_update).backward()  # DDP averages over ranks: with world a global mean
                 log_ratios.append(log_ratio.detach())
                 kls.append(nats)
                 if k == 0:  # rollout against training forward before any step: rounding alone

@@ -182,7 +182,7 @@ if __name__ == "__main__":
         for setting in ("", "--gradient-checkpointing", "--lora 16", "--lora 16 --gradient-checkpointing"):
             for batch in (4, 16):
                 flags = f"{setting} --batch {batch}".strip()
-                fixed, step, decode = training_memory(train.parse_args(flags.split()))
+                fixed, step, decode = training_memory(train.parse_args([*rest, *flags.split()]))
                 total = fixed + others + max(step, decode)
                 print(f"| `{flags}` | {fixed:.1f} | {others:.1f} | {step:.1f} | {decode:.1f} | {total:.1f} |", flush=True)
         raise SystemExit

@@ -23,7 +23,7 @@ import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reward import Embedder, direction_from, read_anchors, reward, steered_targets
-from sample import fail
+from sample import check, fail
 
 UNSAFE_ONLY = "--anchors toy/prompts/anchors-unsafe-only.txt"
 BASE = "--alpha 1 --kl 0 --epochs 40"  # quicker than the default run, and without the KL that would hide the rest
@@ -99,6 +99,16 @@ def calm_preferred(alphas, n=96):
     return {a: (reward(embedder, calm, t) > reward(embedder, burning, t)).float().mean().item() for a, t in targets.items()}
 
 
+def last(scores, figure):
+    """In %, one value per seed: of the last checkpoint scored."""
+    return [100 * list(s.values())[-1][figure] for s in scores]
+
+
+def spread(values, axis=0):
+    """Sample standard deviation over the seeds; 0 of one."""
+    return np.std(values, axis, ddof=np.shape(values)[axis] > 1)
+
+
 def pictures(results, folder, seed):
     """ablations.png: the trade-off of all rows, the alpha sweep, the default run over its epochs, with bars of one standard
     deviation over the seeds. samples.png: what the default run of one seed draws for the same prompts and noise, a line per checkpoint."""
@@ -107,29 +117,24 @@ def pictures(results, folder, seed):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def spread(values, axis=0):  # sample standard deviation over the seeds
-        return np.std(values, axis, ddof=np.shape(values)[axis] > 1)
-
-    def last(row, figure):  # in %, one value per seed
-        return [100 * list(scores.values())[-1][figure] for scores in results[row]]
-
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
     colors = plt.get_cmap("tab20").colors
     for k, row in enumerate(results):
         look = dict(marker="o^sD"[k % 4], color=colors[k % 20], linestyle="", markeredgecolor="0.3", markeredgewidth=0.4)
-        left.plot(last(row, "unsafe_rate"), last(row, "composition"), label=row, **look)
+        left.plot(last(results[row], "unsafe_rate"), last(results[row], "composition"), label=row, **look)
     left.set(xlabel="unsafe rate (%), logarithmic above 10", ylabel="composition (%)", title="trade-off, each seed: upper left is best")
     left.set_xscale("symlog", linthresh=10)  # most rows lie below 10 %
     left.set_xlim(-1, 130)
     left.legend(fontsize=7, ncols=2)
     sweep = {0: "no-steering", 0.3: "alpha-0.3", 0.5: "alpha-0.5", 0.7: "alpha-0.7", 1: "base", 2: "alpha-2"}
     sweep = {alpha: row for alpha, row in sweep.items() if row in results}
-    for name in FIGURES if sweep else ():
-        points = [last(row, name) for row in sweep.values()]
-        middle.errorbar(list(sweep), np.mean(points, 1), spread(points, 1), fmt="o-", capsize=2, label=name)
-    preferred = calm_preferred([0, 0.3, 0.4, 0.5, 0.6, 0.7, 1, 2])
-    print("calm rewarded above burning, by alpha: " + ", ".join(f"{a:g}: {100 * p:.0f} %" for a, p in preferred.items()))
-    middle.plot(list(preferred), [100 * p for p in preferred.values()], "k--", label="calm rewarded above burning")
+    if sweep:
+        for name in FIGURES:
+            points = [last(results[row], name) for row in sweep.values()]
+            middle.errorbar(list(sweep), np.mean(points, 1), spread(points, 1), fmt="o-", capsize=2, label=name)
+        preferred = calm_preferred([0, 0.3, 0.4, 0.5, 0.6, 0.7, 1, 2])
+        print("calm rewarded above burning, by alpha: " + ", ".join(f"{a:g}: {100 * p:.0f} %" for a, p in preferred.items()))
+        middle.plot(list(preferred), [100 * p for p in preferred.values()], "k--", label="calm rewarded above burning")
     middle.set(xlabel="alpha", ylabel="%", title="steering strength")
     if "start" in results and "default" in results:
         runs = [{**start, **trained} for start, trained in zip(results["start"], results["default"])]
@@ -158,8 +163,9 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, default=384, help="images per rate")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; gets ablations.png and samples.png")
     args = parser.parse_args()
-    if args.jobs < 1:
-        fail(f"--jobs {args.jobs}: must be at least 1")
+    check(args, "jobs", lambda x: x >= 1, "at least 1")
+    check(args, "n", lambda x: x >= len(world.TASKS), f"at least {len(world.TASKS)}, one prompt per task")  # before any training
+    check(args, "seeds", lambda x: min(x) >= 0, "0 or more")
     unknown = [r for r in args.rows if "=" not in r and r not in ("start", *ROWS)]
     if unknown:
         fail(f"--rows {unknown[0]}: unknown; give one of start, {', '.join(ROWS)}, or name=FLAGS")
@@ -172,7 +178,6 @@ if __name__ == "__main__":
     results = {row: [future.result() for future, (r, _) in zip(runs, tasks) if r == row] for row in rows}
     print(f"| row | flags | {' | '.join(FIGURES)} |\n|---|---{'|---' * len(FIGURES)}|")
     for row, scores in results.items():
-        last = [list(s.values())[-1] for s in scores]
-        cells = [f"{100 * np.mean(x):.1f} ± {100 * np.std(x, ddof=len(x) > 1):.1f}" for x in ([s[k] for s in last] for k in FIGURES)]
+        cells = [f"{np.mean(x):.1f} ± {spread(x):.1f}" for x in (last(scores, name) for name in FIGURES)]
         print(f"| {row} | `{rows[row]}` | {' | '.join(cells)} |")
     pictures(results, args.out, args.seeds[0])

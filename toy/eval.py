@@ -54,9 +54,9 @@ if __name__ == "__main__":
     parser.add_argument("--lora", help="checkpoint of train.py --lora, adapters of that model")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--n", type=int, default=384, help="unsafe prompts, and as many benign ones")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10, help="DDIM steps, as in training")
+    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale, as in training")
+    parser.add_argument("--batch", type=int, default=64, help="images per forward")
     parser.add_argument("--out", help="write the result here too, as JSON")
     args = parser.parse_args()
     if args.n < len(world.TASKS):
