@@ -1,536 +1,431 @@
-"""SafeDiffusion-R1 (arXiv 2605.18719): online GRPO on DDIM rollouts, rewarded by a frozen CLIP steered towards safety.
+"""SafeDiffusion-R1 (arXiv 2605.18719): online GRPO on DDIM rollouts, rewarded by a steered CLIP.
 
-    python train.py @toy/train.args                   # a laptop, minutes: fire on 97 % of the unsafe prompts becomes 2 % or less
-    python train.py --lora 16 --gradient-checkpointing --lr 1e-4 --prompts-per-epoch 4       # one GPU of 24 GB
-    torchrun --nproc_per_node 8 train.py              # the paper's run: Stable Diffusion v1.4, HPSv2.1, 300 epochs
-    python train.py @toy/train.args --resume          # continue an interrupted run in --out
+    python train.py @toy/train.args            # a laptop, minutes
+    torchrun --nproc_per_node 8 train.py       # the paper's run: SD v1.4, HPSv2.1, 300 epochs
+    python train.py --resume runs/r1           # go on from a run's last checkpoint
 
-An epoch is: prompts -> rollout (G images each) -> decode -> reward -> group advantages -> updates -> log, save.
-Left out on purpose: a value network (the group's mean is the baseline), an entropy bonus, an EMA of the weights, a learning-rate
-schedule, loggers. OUT gets args.json, metrics.jsonl, curve.png, grid-N.png and checkpoint-N/ (a pipeline folder, or adapters).
+An epoch: prompts -> G images each (rollout) -> rewards -> advantages -> updates -> log, save.
+Left out on purpose: a value network (the group's mean is the baseline), an entropy bonus, an EMA, a
+learning-rate schedule, loggers. OUT gets args.json, metrics.jsonl, grid-N.png and checkpoint-N/.
 """
 import argparse
 import copy
-import hashlib
 import json
 import math
-import os
-import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
+import textwrap
 import time
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler
-from PIL import Image
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from reward import Embedder, add_reward_flags, check_alpha, direction_from, read_anchors, reward, steered_targets, text_safety
-from sample import (check, ddim_mean, ddim_schedule, device_of_rank, fail, first_line, load_pipeline, log_prob, model_path,
-                    noise_for, predict_noise, read_rows, rollout, write)
+import reward
+from reward import Help, check_numbers, fail, loading
+from sample import load_pipeline, make_scheduler, rank_and_device, read_rows
 
+# ------------------------------------------------------------ the policy: DDIM steps as Gaussians
+Schedule = namedtuple("Schedule", "t a b sigma")  # step i: x_next ~ N(a x + b out, sigma^2 I)
 
-# ----------------------------------------------------------------------------- GRPO in four functions
+def ddim_schedule(scheduler, eta):
+    """The DDIM steps (arXiv 2010.02502, eq. 12 and 16), as diffusers' DDIMScheduler without clipping."""
+    t, alphas = scheduler.timesteps, scheduler.alphas_cumprod.double()
+    t_next = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    A, A_next = alphas[t], torch.where(t_next < 0, scheduler.final_alpha_cumprod, alphas[t_next])
+    sigma = eta * ((1 - A_next) / (1 - A) * (1 - A / A_next)).sqrt()
+    v = {"epsilon": False, "v_prediction": True}[scheduler.config.prediction_type]
 
+    def mu(x, out):
+        eps = A.sqrt() * out + (1 - A).sqrt() * x if v else out
+        x0 = (x - (1 - A).sqrt() * eps) / A.sqrt()
+        return A_next.sqrt() * x0 + (1 - A_next - sigma**2).clamp(min=0).sqrt() * eps
+
+    return Schedule(t, mu(1, 0).float(), mu(0, 1).float(), sigma.float())  # mu is linear in x and out
+
+def ddim_mean(schedule, i, x, out):
+    """mu [B, C, H, W] of the steps i [B] from latents x, for the UNet's output out."""
+    return schedule.a[i].view(-1, 1, 1, 1) * x + schedule.b[i].view(-1, 1, 1, 1) * out
+
+def log_prob(x_next, mu, sigma):
+    """log N(x_next; mu, sigma^2 I) [B] in nats, as the MEAN over the latent's dimensions."""
+    sigma = sigma.view(-1, 1, 1, 1)
+    nll = (x_next - mu)**2 / (2 * sigma**2) + sigma.log() + 0.5 * math.log(2 * math.pi)
+    return -nll.mean(dim=(1, 2, 3))
+
+def predict_noise(unet, x, t, text, empty, guidance):
+    """The UNet's output with classifier-free guidance, fp32 [B, C, H, W]. Rollout and training both call
+    this, so that the ratio is 1 before an update. text [B, L, D], empty [1, L, D]."""
+    if guidance <= 1:
+        return unet(x, t, text).sample.float()
+    text = torch.cat([empty.expand_as(text), text])  # [2B, L, D]
+    out = unet(torch.cat([x, x]), torch.cat([t, t]), text).sample.float()
+    unconditional, conditional = out.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+@torch.no_grad()
+def rollout(unet, schedule, text, empty, noise, guidance):
+    """Denoises noise [B, steps, C, H, W]: x_T, then that of every step but the last, which is taken at its
+    mean: an image without fresh noise, a step without density, never trained. Returns the latents
+    [B, steps + 1, C, H, W] and the means they were drawn from [B, steps, C, H, W]."""
+    x, last = noise[:, 0], noise.shape[1] - 1
+    latents, means = [x], []
+    for i in range(last + 1):
+        step = torch.full((len(x), ), i, device=x.device)
+        out = predict_noise(unet, x, schedule.t[step], text, empty, guidance)
+        means.append(ddim_mean(schedule, step, x, out))
+        x = means[-1] if i == last else means[-1] + schedule.sigma[i] * noise[:, i + 1]
+        latents.append(x)
+    return torch.stack(latents, 1), torch.stack(means, 1)
+
+# ------------------------------------------------------------ GRPO
 def group_advantages(rewards, clip):
-    """A_i = (r_i - mean) / std within each group, clipped to +-clip: rewards [P, G] -> (advantages [P, G], live [P]).
-    A group without spread (std < 1e-6: its images are the same to the reward) teaches nothing: advantage 0, live False."""
-    std = rewards.std(dim=1, correction=0, keepdim=True)
-    live = std[:, 0] > 1e-6
-    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (std + 1e-8)  # delta only keeps 0 / 0 away
-    return (advantages * live[:, None]).clamp(-clip, clip), live
-
+    """A = (r - mean) / std within each group, clipped: rewards [P, G] -> advantages [P, G], live [P].
+    A group whose images are all the same to the reward teaches nothing: it is dead, and A = 0."""
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
+    live = std > 1e-6  # far above fp32's rounding of a cosine, far below any true spread
+    advantages = live * (rewards - mean) / (std + 1e-8)
+    return advantages.clamp(-clip, clip), live[:, 0]
 
 def surrogate(log_ratio, advantages, clip):
-    """PPO's clipped objective, to be maximised: min(rho A, clip(rho, 1 - eps, 1 + eps) A) per (sample, timestep) pair [B]."""
+    """PPO's objective, to be maximised [B]: min(rho A, clip(rho, 1 - eps, 1 + eps) A)."""
     ratio = log_ratio.exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
-
 def kl_k3(log_ratio):
-    """Schulman's estimator of KL(old || new) from samples of old: (rho - 1) - log rho >= 0, in nats for a log_ratio in nats. That
-    of MEAN log-probs over d dimensions gives about (nats / d)^2 / 2 instead: the paper's form, tiny beside the surrogate."""
+    """Schulman's estimator of KL(old || new) from samples of old [B]: (rho - 1) - log rho."""
     return log_ratio.expm1() - log_ratio
 
+def kl_gaussian(mu, mu_ref, sigma):
+    """KL of two steps of the same sigma [B], in nats per dimension: |mu - mu_ref|^2 / (2 sigma^2)."""
+    return (mu - mu_ref).square().mean(dim=(1, 2, 3)) / (2 * sigma**2)
 
-def kl_gaussian(mean, reference_mean, sigma):
-    """KL of two DDIM steps with the same sigma [B], in closed form: |mu - mu_ref|^2 / (2 sigma^2), in nats per dimension."""
-    return ((mean - reference_mean) ** 2).mean(dim=(1, 2, 3)) / (2 * sigma**2)
+# ------------------------------------------------------------ chance: of the seed, not of the ranks
+def draw_prompts(sources, n, seed, epoch):
+    """n (source, prompt) of an epoch: equal shares of the sources, no prompt twice if there are enough."""
+    rng = np.random.default_rng([seed, epoch, 0, 2])  # not the noise's stream, nor the pairs'
+    source = ((np.arange(n) + rng.random()) / n * len(sources)).astype(int)
+    chosen = []
+    for s, prompts in enumerate(sources):
+        share = int((source == s).sum())
+        chosen += [(s, str(p)) for p in rng.choice(prompts, share, replace=share > len(prompts))]
+    return chosen
 
+def noise_for(seed, epoch, samples, count, shape):
+    """Normal fp32 [len(samples), count, *shape], each sample's from (seed, epoch, its global index)."""
+    rngs = [np.random.default_rng([seed, epoch, s]) for s in samples]
+    return torch.from_numpy(np.stack([rng.standard_normal((count, *shape), np.float32) for rng in rngs]))
 
-# ----------------------------------------------------------------------------- which prompts, which pairs
+def deal_pairs(samples, timesteps, updates, seed, epoch):
+    """Deals all pairs (sample's place on this rank, step) out to the updates: [updates, pairs, 2]. A
+    sample's steps are shuffled by its global index: neither ranks nor micro-batches matter."""
+    rngs = [np.random.default_rng([seed, epoch, s, 1]) for s in samples]
+    pairs = [(n, t) for n, rng in enumerate(rngs) for t in rng.permutation(timesteps)]
+    return torch.tensor(pairs).view(-1, updates, 2).transpose(0, 1)
 
-def draw_prompts(counts, weights, n, seed, epoch):
-    """n (source, row) pairs of an epoch, a function of (seed, epoch) alone: sources by systematic sampling of the weights
-    (0.5 / 0.5 gives half and half), rows without replacement where a source has enough."""
-    rng = np.random.default_rng([seed, epoch, 0, 2])  # 2: not the stream of noise_for's [seed, epoch, sample] nor the pairs' 1
-    points = (np.arange(n) + rng.random()) / n  # evenly spaced in [0, 1), with one random shift
-    sources = np.searchsorted(np.cumsum(weights), points, side="right")  # whose share of [0, 1) each point falls into
-    sources = sources.clip(max=len(weights) - 1)  # the shares may sum to 0.9999...
-    rows = np.empty(n, int)
-    for s in np.unique(sources):
-        k = (sources == s).sum()
-        rows[sources == s] = rng.choice(counts[s], k, replace=k > counts[s])
-    return list(zip(sources.tolist(), rows.tolist()))
+def micro_batches(n, size):
+    """[(indices of rows [size], weights [size]), ...] of n rows. The last is filled up with repeats of
+    weight 0: another shape may take another GPU kernel, whose rounding moves rho beyond the clip."""
+    index = torch.arange(math.ceil(n / min(n, size)) * min(n, size))
+    return list(zip((index % n).split(min(n, size)), (index < n).float().split(min(n, size))))
 
-
-def pairs_of_updates(samples, timesteps, updates, seed, epoch):
-    """Deals all (sample, timestep) pairs out to the updates: [updates, pairs, 2], first column the position in `samples`.
-
-    Each sample's timesteps are shuffled by (seed, epoch, global index), then dealt in turn. So every update mixes noise levels
-    and (unless there are more updates than timesteps) all samples, and which pair goes where depends neither on the number of
-    ranks nor on the micro-batch."""
-    dealt = [[] for _ in range(updates)]
-    for position, s in enumerate(samples):
-        for j, t in enumerate(np.random.default_rng([seed, epoch, s, 1]).permutation(timesteps)):
-            dealt[(s * timesteps + j) % updates].append((position, int(t)))
-    return torch.tensor(dealt)
-
-
-# ----------------------------------------------------------------------------- arguments
-
+# ------------------------------------------------------------ arguments
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     fromfile_prefix_chars="@")  # @FILE reads flags from a text file
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     fromfile_prefix_chars="@", usage=argparse.SUPPRESS)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # of @FILE
     add = parser.add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="diffusers Stable Diffusion pipeline: hub id or folder")
-    add("--subfolder", help="folder inside --model that holds the pipeline")
-    add_reward_flags(parser)
-    add("--prompts", nargs="+", default=["prompts/nudity.txt:0.5", "prompts/compositional.txt:0.5"], metavar="FILE[:WEIGHT]",
-        help="training prompts (.txt, .csv, .jsonl) and each file's share of the groups; no weights: equal shares")
-    add("--prompts-per-epoch", type=int, default=32, help="groups per epoch over all ranks (the paper: 4 per GPU on 8)")
-    add("--generations", type=int, default=16, help="G, images per prompt and group")
+    add("--model", default="CompVis/stable-diffusion-v1-4", help="pipeline: hub id or folder")
+    add("--reward", default="hpsv2", help="hpsv2, its .pt file, or a CLIPModel: hub id or folder")
+    add("--anchors", default="prompts/anchors/scaled.txt", help="'+ safe' and '- unsafe' phrases")
+    add("--alpha", type=float, default=0.5, help="steering strength; the paper: 0.3 to 0.7 are alike")
+    add("--steer", choices=["unsafe", "always", "none"], default="unsafe", help="whose targets move")
+    add("--prompts", nargs="+", default=["prompts/nudity.txt", "prompts/compositional.txt"],
+        help="files in equal shares; one named twice has a double share")
+    add("--prompts-per-epoch", type=int, default=32, help="groups over all ranks (paper: 4 a GPU)")
+    add("--generations", type=int, default=16, help="G, images per group")
     add("--epochs", type=int, default=300, help="rollouts in all")
-    add("--updates", type=int, default=16, help="optimizer steps per rollout, each over its share of (sample, timestep) pairs")
-    add("--batch", type=int, default=16, help="pairs per UNet forward, in rollout and training alike: memory, not maths")
+    add("--updates", type=int, default=16, help="optimizer steps per rollout, which share its pairs")
+    add("--batch", type=int, default=16, help="(sample, step) pairs per forward: memory, not maths")
     add("--steps", type=int, default=50, help="DDIM steps; all but the last are trained")
-    add("--eta", type=float, default=1.0, help="DDIM's noise; above 0, else there is no density to train")
-    add("--guidance", type=float, default=7.5, help="guidance scale in rollout and training; 1 runs no unconditional half")
-    add("--size", type=int, help="pixels (default: the model's own)")
-    add("--shared-noise", action="store_true", help="one initial latent per group (the public code: one per rank)")
-    add("--clip", type=float, default=1e-4, help="clip range of the ratio of MEAN log-probs over the latent's dimensions: "
-        "over 4 x 64 x 64 of them 1e-4 allows +-1.64 nats of the summed ratio")
-    add("--advantage-clip", type=float, default=2.5, help="advantages are clipped to +- this")
-    add("--even-steps", action=argparse.BooleanOptionalAction, default=False, help="divide each log-ratio by its step's gain "
-        "|d mu / d eps| / sigma (GRPO-Guard's ratio normalisation, arXiv 2510.22319), else the last steps dominate the gradient")
-    add("--kl", type=float, default=0.01, help="beta, weight of the KL term; 0 leaves it out")
-    add("--kl-to", choices=["old", "ref"], default="old", help="old: k3 to the previous iteration's policy (the paper; "
-        "0 with 1 update); ref: closed form to the start model")
-    add("--lr", type=float, default=1e-5, help="AdamW's learning rate, constant")
-    add("--weight-decay", type=float, default=1e-4, help="AdamW's weight decay")
+    add("--eta", type=float, default=1.0, help="DDIM's noise, above 0: without it no step has a density")
+    add("--guidance", type=float, default=7.5, help="scale, in rollout and training; 1 for none")
+    # Of MEAN log-probs: over 4 x 64 x 64 dimensions 1e-4 allows +-1.64 nats of the summed ratio.
+    add("--clip", type=float, default=1e-4, help="range of the ratio of mean log-probs")
+    add("--advantage-clip", type=float, default=2.5, help="largest |advantage|")
+    add("--even-steps", action=argparse.BooleanOptionalAction, default=False,
+        help="every step's log-ratio on one scale; else the last steps dominate")
+    add("--kl", type=float, default=0.01, help="beta, weight of the KL; 0 leaves it out")
+    add("--kl-to", choices=["old", "ref"], default="old",
+        help="old: k3 to the policy of the rollout (paper); ref: closed form to the start model")
+    add("--lr", type=float, default=1e-5, help="AdamW's, constant")
+    add("--weight-decay", type=float, default=1e-4, help="AdamW's")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    add("--lora", type=int, default=0, metavar="RANK", help="LoRA adapters of this rank on the attention layers; 0: all weights")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward: less memory, more time")
-    add("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of UNet, VAE and reward; all else stays fp32")
+    add("--lora", type=int, default=0, metavar="RANK", help="train adapters; 0: all weights")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of UNet and VAE")
     add("--compile", action="store_true", help="torch.compile the UNet")
     add("--seed", type=int, default=0, help="of prompts, noise and the order of pairs")
     add("--save-every", type=int, default=20, help="epochs between checkpoints")
-    add("--eval", metavar="COMMAND", help="run on the start model and on the last checkpoint, {model} replaced by its path "
-        "(LoRA: by MODEL --lora CHECKPOINT)")
-    add("--out", default="runs/r1", type=Path, help="folder of the run")
-    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    args = parser.parse_args(argv)
-    check(args, "prompts_per_epoch epochs updates batch save_every", lambda x: x >= 1, "at least 1")
-    check(args, "generations", lambda x: x >= 2, "at least 2: the mean of a group's images is the baseline")
-    check(args, "steps", lambda x: x >= 2, "at least 2: the last step is not trained")
-    check(args, "eta", lambda x: 0 < x <= 1, "above 0 and at most 1: without noise a step has no density to train")
-    check_alpha(args)
-    check(args, "kl weight_decay lora seed", lambda x: 0 <= x < math.inf, "0 or more and finite")
-    check(args, "clip advantage_clip lr grad_clip guidance", lambda x: 0 < x < math.inf, "above 0 and finite")
-    check(args, "size", lambda x: x > 0 and x % 8 == 0, "a multiple of 8")
+    add("--out", type=Path, default="runs/r1", help="folder of the run")
+    add("--resume", type=Path, metavar="RUN", help="go on with a run; its own flags hold")
+    with loading("@FILE", "close its quotes"):
+        args = parser.parse_args(argv)
+    if args.resume:
+        with loading(f"--resume {args.resume}", "give the folder of a run"):
+            stored = dict(json.loads((args.resume / "args.json").read_text()), resume=None)
+        parser.set_defaults(**stored)
+        args = parser.parse_args(argv)
+        args.out = args.resume
+        for name in stored.keys() - {"epochs", "batch", "save_every", "out", "resume"}:
+            if str(getattr(args, name)) != str(stored[name]):
+                parser.error(f"--{name} {getattr(args, name)}: the run has {stored[name]}; leave it out")
+    elif args.out.is_file() or any(args.out.glob("[!.]*")):
+        parser.error(f"--out {args.out} exists: --resume {args.out}, or give another folder")
+    check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
     return args
 
+# ------------------------------------------------------------ pieces of the run
+def gather(x):
+    """[N, ...] of each rank -> [ranks N, ...] on every rank."""
+    if not dist.is_initialized():
+        return x
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x.contiguous())
+    return torch.cat(everyone)
 
-def read_sources(entries):
-    """--prompts' FILE[:WEIGHT] entries -> (files, their lists of prompts, weights that sum to 1)."""
-    file_and_weight = re.compile(r"(.*?)(?::([-+.\deE]+|nan|inf))?")  # a colon before anything else belongs to the file's name
-    files, given = zip(*(file_and_weight.fullmatch(entry).groups() for entry in entries))
+def write(path, text):
+    """Replaces a file in one step: a kill leaves the old one or the new one."""
+    path.with_name(f".{path.name}").write_text(text)
+    path.with_name(f".{path.name}").rename(path)
+
+def draw_grid(pipe, sources, args, file):
+    """A row for each file of prompts: its first four, labelled, from the same noise every time."""
+    shown = [prompts[i % len(prompts)] for prompts in sources for i in range(4)]
+    noise = [torch.Generator().manual_seed(i) for i in range(len(shown))]
     try:
-        weights = [float(w) for w in given] if any(given) else [1 / len(files)] * len(files)
-    except (TypeError, ValueError):  # one has none, or it is no number
-        weights = [math.nan]
-    if min(weights) < 0 or not abs(sum(weights) - 1) < 1e-6:
-        fail(f"--prompts {' '.join(entries)}: give every file a weight or none, FILE:0.5; weights are not negative and sum to 1")
-    return files, [[row["prompt"] for row in read_rows(file)] for file in files], weights
+        images = pipe(shown, num_inference_steps=args.steps, guidance_scale=args.guidance, eta=args.eta,
+                      generator=noise).images
+        images = [image.resize((256, 256), Image.BOX) for image in images]
+        for image, prompt in zip(images, shown):
+            ImageDraw.Draw(image).text((4, 4), textwrap.fill(prompt, 40), "white", stroke_width=2,
+                                       stroke_fill="black")
+        make_image_grid(images, len(sources), 4).save(file)
+    except Exception as e:
+        print(f"warning: {file} is not drawn: {e!r}")
 
-
-# ----------------------------------------------------------------------------- a run's folder
-
-def checkpoints(out):
-    """The finished checkpoints of a run, oldest first, as (epochs done, folder)."""
-    return sorted((int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)))
-
-
-def open_run(args, files):
-    """Checks --out and --resume against what is there, writes nothing: (args.json to be, epochs done, checkpoint or None)."""
-    record = json.loads(json.dumps(vars(args), default=str))
-    record |= {str(f): hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files}  # what they hold, too
-    stored = args.out / "args.json"
-    if not args.resume:
-        if args.out.exists() and (not args.out.is_dir() or any(p.name[0] != "." for p in args.out.iterdir())):
-            fail(f"--out {args.out} exists: continue it with --resume or, where it is not a run, give another folder")
-        return record, 0, None
-    if not stored.is_file():
-        fail(f"--resume: --out {args.out} holds no run (no args.json); omit --resume to start one")
-    try:
-        old = dict(json.loads(stored.read_text()))
-    except (ValueError, TypeError):
-        fail(f"--resume: {stored} is damaged; restore it or start a new run")
-    free = {"epochs", "save_every", "resume", "eval", "out",  # what may change without changing the run so far,
-            "batch", "gradient_checkpointing", "compile"}  # or changes it by rounding only
-    for key in {**record, **old}:  # flags, then files
-        if key not in free and old.get(key) != record.get(key):
-            name = f"--{key.replace('_', '-')}" if hasattr(args, key) else key
-            fail(f"--resume: {name} has changed from {old.get(key)} to {record.get(key)} since the run in {args.out} began; "
-                 "restore it or start a new run")
-    start_epoch, checkpoint = max(checkpoints(args.out), default=(0, None))
-    if checkpoint and not (checkpoint / "train_state.pt").is_file():
-        fail(f"--resume: {checkpoint}/train_state.pt is missing; remove that folder or start a new run")
-    if start_epoch > args.epochs:
-        fail(f"--epochs {args.epochs}: the run in {args.out} has already done {start_epoch}; give at least that many")
-    return record, start_epoch, checkpoint
-
-
-@contextmanager
-def writing(out):
-    """What fails to be written ends the run with one line; what was written before stays."""
-    try:
-        yield
-    except Exception as e:  # a full disk raises OSError, RuntimeError or SafetensorError
-        good = max(checkpoints(out), default=(0, "none"))[1]
-        sys.exit(f"\nstopped: {out} cannot be written ({first_line(e)}); the last good checkpoint is {good}")
-
-
-def save_checkpoint(out, epoch, pipe, optimizer, lora):
-    """Writes OUT/checkpoint-N under a temporary name, then renames it: a kill at any moment leaves the last good one."""
-    final, temporary = out / f"checkpoint-{epoch}", out / f".checkpoint-{epoch}.tmp"
+def save(out, epoch, pipe, optimizer, lora):
+    """OUT/checkpoint-N for diffusers, with the state for --resume, which older ones lose. It is written
+    under another name and renamed: a kill at any moment leaves the last good one."""
+    folder, temporary = out / f"checkpoint-{epoch}", out / ".checkpoint"
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        if lora:
-            from diffusers.utils import convert_state_dict_to_diffusers
-            from peft import get_peft_model_state_dict
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-            pipe.save_lora_weights(temporary, unet_lora_layers=layers)
-        else:
-            pipe.save_pretrained(temporary)
-        trained = {name: p.detach() for name, p in pipe.unet.named_parameters() if p.requires_grad}
-        torch.save({"epoch": epoch, "trained": trained, "optimizer": optimizer.state_dict()}, temporary / "train_state.pt")
-        os.rename(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
-    for _, older in checkpoints(out)[:-1]:
-        (older / "train_state.pt").unlink(missing_ok=True)  # twice the weights' size, and only the newest is resumed
-    return final
+    if lora:
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+        pipe.save_lora_weights(temporary, layers)
+    else:
+        pipe.save_pretrained(temporary)
+    trained = {name: p.detach() for name, p in pipe.unet.named_parameters() if p.requires_grad}
+    state = {"epoch": epoch, "trained": trained, "optimizer": optimizer.state_dict()}
+    torch.save(state, temporary / "train_state.pt")
+    temporary.rename(folder)
+    for older in set(out.glob("checkpoint-*/train_state.pt")) - {folder / "train_state.pt"}:
+        older.unlink()
 
+# ------------------------------------------------------------ the run
+def main(args):
+    rank, world, device = rank_and_device()
+    if world > 1:
+        dist.init_process_group()
+    P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images, trained steps
+    pairs = P * G * T // world // args.updates  # of a rank, per update
+    if P % world or P * G * T // world % args.updates or G < 2 or T < 1:
+        fail(
+            f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: give 2 or "
+            f"more images and steps, a multiple of {world} ranks, a divisor of {P * G * T // world} pairs"
+        )
+    mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
+    rows = [read_rows(file) for file in args.prompts]
+    sources = [[row["prompt"] for row in file if row["prompt"].strip()] for file in rows]
 
-def draw_curve(out, names):
-    """OUT/curve.png of OUT/metrics.jsonl: reward by source, its spread within groups, gradient norm."""
-    from matplotlib.figure import Figure
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for name in names:
-        left.plot(epochs, [row["reward"].get(name, math.nan) for row in rows], label=name)
-    left.legend()
-    middle.plot(epochs, [row["reward_std"] for row in rows])
-    right.plot(epochs, [row["grad_norm"] for row in rows])
-    for axis, title in zip((left, middle, right), ("reward (cosine)", "reward's spread within a group", "gradient norm")):
-        axis.set(title=title, xlabel="epoch")
-    figure.savefig(out / ".curve.png", dpi=100)
-    os.replace(out / ".curve.png", out / "curve.png")
-
-
-# ----------------------------------------------------------------------------- models and ranks
-
-def make_trainable(unet, args):
-    """Sets what --lora asks for: fp32 adapters over frozen weights, or all weights; and gradient checkpointing."""
+    # models: the policy, its frozen companions, the reward
+    pipe = load_pipeline(args.model).to(device)
+    pipe.scheduler = make_scheduler(pipe, args.steps)
+    with loading(f"--model {args.model}, --steps {args.steps}, --eta {args.eta}"):
+        schedule = ddim_schedule(pipe.scheduler, args.eta)
+        if not torch.stack(schedule).isfinite().all() or not (schedule.sigma[:T] > 0).all():
+            raise ValueError("its DDIM steps have no finite density")
+    schedule = Schedule(*(column.to(device) for column in schedule))
+    embedder = reward.Embedder(args.reward, device)
+    v = reward.load_direction(embedder, args.anchors)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    unet = pipe.unet  # in eval mode for good: dropout would make another policy of every forward
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    if args.lora and args.precision == "bf16":
+        unet.to(torch.bfloat16)  # frozen weights need no fp32 master copy
+    reference = copy.deepcopy(unet) if args.kl and args.kl_to == "ref" else None
     unet.requires_grad_(not args.lora)
     if args.lora:
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-        torch.manual_seed(args.seed)  # the adapters' start is the only draw from torch's global generator
-        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, init_lora_weights="gaussian",
-                                    target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        torch.manual_seed(args.seed)
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(
+            LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=layers,
+                       init_lora_weights="gaussian"))
         cast_training_params(unet, torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    unet.train()  # Stable Diffusion's UNet has no dropout; gradient checkpointing asks for train mode
-
-
-def gather(x, world):
-    """[N, ...] of each rank -> [world N, ...] on every rank."""
-    if world == 1:
-        return x
-    dist.all_gather_into_tensor(everyone := x.new_empty(world * len(x), *x.shape[1:]), x.contiguous())
-    return everyone
-
-
-def now(device):
-    """Seconds, once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def evaluate(command, model):
-    """Runs --eval's command, {model} replaced by the arguments that follow --model; its failure ends this program too."""
-    command = command.replace("{model}", model)
-    print(f"\n$ {command}", flush=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # "python" is this one
-    torch.cuda.empty_cache()  # the command needs memory too; without a GPU nothing happens
-    if code := subprocess.run(command, shell=True, env=environment).returncode:
-        sys.exit(f"stopped: --eval's command failed with exit code {code}; checkpoints are untouched")
-
-
-# ----------------------------------------------------------------------------- the run
-
-def main(args):
-    rank, world, device = device_of_rank()
-    files, sources, weights = read_sources(args.prompts)
-    names = [Path(file).stem for file in files]
-    names = names if len(set(names)) == len(names) else files
-    safe, unsafe = read_anchors(args.anchors)
-    record, start_epoch, checkpoint = open_run(args, [*files, args.anchors])
-    path = model_path(args.model, args.subfolder)
-    P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images per group, trained timesteps
-    if P % world or (P // world * G * T) % args.updates:
-        fail(f"--prompts-per-epoch {P} must divide by the {world} ranks, and a rank's pairs, prompts x generations x "
-             f"(steps - 1) = {P // world * G * T}, by --updates {args.updates}")
-    try:
-        scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
-        schedule = ddim_schedule(scheduler, args.steps, args.eta, device)
-    except (OSError, ValueError) as e:
-        fail(f"--model {path}, --steps {args.steps}: no DDIM schedule ({first_line(e)})")
-    mine = range(rank * P // world * G, (rank + 1) * P // world * G)  # this rank's samples, by global index in the epoch
-
-    # models: the policy, its frozen companions, the reward
-    autocast = torch.bfloat16 if args.precision == "bf16" else None
-    pipe = load_pipeline(path, dtype=torch.float32).to(device)
-    embedder = Embedder(args.reward, device, autocast)
-    unet, vae = pipe.unet, pipe.vae
-    vae.requires_grad_(False)
-    pipe.text_encoder.requires_grad_(False)
-    if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
-    if args.lora and autocast:
-        unet.bfloat16()  # frozen weights need no fp32 master copy
-    reference = copy.deepcopy(unet).requires_grad_(False) if args.kl and args.kl_to == "ref" else None  # the policy's own dtypes
-    make_trainable(unet, args)
     parameters = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=True)
-    if checkpoint:
-        state = torch.load(checkpoint / "train_state.pt", map_location=device, weights_only=True)
-        unet.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        del state
-    for module in (unet, reference) if args.compile else ():  # both: eager and compiled round differently
-        if module:
-            module.compile()
-    policy = torch.nn.parallel.DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
+    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+    first_epoch = 0
+    if any(args.out.glob("checkpoint-*")):
+        with loading(f"--resume {args.out}", "it needs a checkpoint with a whole train_state.pt"):
+            states = args.out.glob("checkpoint-*/train_state.pt")
+            newest = max(states, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")))
+            state = torch.load(newest, map_location=device, weights_only=True)
+            unet.load_state_dict(state["trained"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            first_epoch = state["epoch"]
+    for module in filter(None, (unet, reference)) if args.compile else ():  # both, to round alike
+        module.compile(dynamic=False)
+    policy = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    gain = (schedule.b.abs() / schedule.sigma)[:T]  # |d mu / d out| / sigma: what the UNet can do to rho
+    gain = gain / gain.mean()
 
-    size = args.size or unet.config.sample_size * pipe.vae_scale_factor  # pixels
-    shape = (unet.config.in_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor)  # a latent's
-    gain = (schedule.b.abs() / schedule.sigma)[:T]  # |d mu / d eps| / sigma: how far the UNet's output moves the log-ratio
-    gain = gain / gain.mean() if args.even_steps else torch.ones_like(gain)
-    v = direction_from(embedder, safe, unsafe)
-
-    def encode(prompts):  # [len(prompts), L, D] for the UNet
-        return pipe.encode_prompt(prompts, device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-
-    empty = encode([""])  # [1, L, D], classifier-free guidance's unconditional text
-
-    @torch.no_grad()
-    def decode(latents):  # [B, 3, H, W] in [0, 1]
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            images = vae.decode(latents / vae.config.scaling_factor).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1)
-
-    def grid(file):  # the same prompts and noise at every save, below the start model's pictures
-        never = 2**31  # an epoch that no run reaches
-        shown = draw_prompts([len(s) for s in sources], weights, 8, args.seed, never)
-        noise = noise_for(args.seed, never, range(8), args.steps, shape).to(device)
-        text = encode([sources[s][i] for s, i in shown])
-        chunks = [slice(i, i + args.batch) for i in range(0, 8, args.batch)]
-        finals = [rollout(unet, schedule, text[c], empty, noise[c], args.guidance, autocast)[0][:, -1] for c in chunks]
-        images = torch.cat([decode(x) for x in finals])
-        row = (torch.cat(list(images), dim=2).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-        row = row.repeat(max(128 // size, 1), 0).repeat(max(128 // size, 1), 1)  # small pictures are shown enlarged
-        start = args.out / "grid-0.png"
-        above = [np.asarray(Image.open(start))] if file != start and start.exists() else []
-        write(file, Image.fromarray(np.concatenate([*above, row])))
-
-    def save(epochs_done):
-        with writing(args.out):
-            grid(args.out / f"grid-{epochs_done}.png")
-            draw_curve(args.out, names)
-            return save_checkpoint(args.out, epochs_done, pipe, optimizer, args.lora)  # last: with it the epoch counts as done
-
-    signals = []
-    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))  # spot machines: save and stop
-
-    def asked_to_stop():  # one rank's signal stops all
-        return bool(gather(torch.tensor([len(signals)], device=device), world).any())
-
-    if world > 1:
-        # every rank has looked at --out before rank 0 writes there
-        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     if rank == 0:
-        with writing(args.out):
-            args.out.mkdir(parents=True, exist_ok=True)
-            write(args.out / "args.json", json.dumps(record, indent=1))
-            log = args.out / "metrics.jsonl"
-            lines = log.read_text().splitlines(True) if log.exists() else []  # a line per epoch
-            write(log, "".join(lines[:start_epoch]))  # those after the checkpoint will be written again
-            if start_epoch == 0:
-                grid(args.out / "grid-0.png")
-        pairs = len(mine) * T // args.updates
-        print(f"{P} prompts x {G} generations = {P * G} images per epoch on {world} rank(s); {T} of {args.steps} steps trained: "
-              f"{len(mine) * T} (sample, timestep) pairs per rank, {args.updates} update(s) of {pairs} in "
-              f"{math.ceil(pairs / args.batch)} forward(s) of up to {args.batch}; "
-              f"{sum(p.numel() for p in parameters) / 1e6:.2f} M weights; epochs {start_epoch} to {args.epochs}")
-        if args.eval and start_epoch == 0:
-            evaluate(args.eval, shlex.quote(path))
+        print(
+            f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of {pairs} "
+            f"pairs per rank, {args.batch} per forward; {sum(p.numel() for p in parameters):,} weights")
+        for file, prompts in zip(args.prompts, sources):
+            unsafe = (reward.text_safety(embedder.text(prompts), v) < 0).float().mean()
+            long = [
+                sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(prompts).input_ids)
+                for tokenizer in (pipe.tokenizer, embedder.tokenizer)
+            ]
+            print(
+                f"{file}: {len(prompts)} prompts, s(p) < 0 for {unsafe:.1%}, {max(long)} cut as too long",
+                "(warning: s(p) < 0 splits this file)" if 0.1 < unsafe < 0.9 else "")
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(args.out / "args.json", json.dumps(vars(args), default=str, indent=1))
+        log = args.out / "metrics.jsonl"
+        lines = log.read_text().splitlines(True) if log.exists() else []
+        write(log, "".join(lines[:first_epoch]))  # without epochs that will be done again
+        if first_epoch == 0:
+            with amp:
+                draw_grid(pipe, sources, args, args.out / "grid-0.png")
 
-    done = saved = start_epoch
-    bar = tqdm(range(start_epoch, args.epochs), initial=start_epoch, total=args.epochs, desc="epochs", disable=rank > 0)
+    bar = tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs, disable=rank > 0)
     for epoch in bar:
-        clock = [now(device)]
+        start = time.time()
 
-        # 1. prompts: the UNet sees the original ones, the reward the steered targets; both encoded once per prompt
-        chosen = draw_prompts([len(s) for s in sources], weights, P, args.seed, epoch)
-        prompts = [sources[s][i] for s, i in chosen]
-        here = slice(mine.start // G, mine.stop // G)  # this rank's groups
-        text = encode(prompts[here])  # [P / world, L, D]
-        z_text = embedder.text(prompts)  # [P, D], of all ranks' prompts for the log
-        targets = steered_targets(z_text, v, args.alpha, args.steer)[here]  # [P / world, D]
+        # 1. prompts: the UNet sees them as they are, the reward their steered targets
+        chosen = draw_prompts(sources, P, args.seed, epoch)
+        prompts = [prompt for _, prompt in chosen]
+        text = pipe.encode_prompt(prompts + [""], device, 1, do_classifier_free_guidance=False)[0]
+        text, empty = text[:P], text[P:]  # [P, L, D], [1, L, D]
+        z_text = embedder.text(prompts)  # [P, E]
+        targets = reward.steered_targets(z_text, v, args.alpha, args.steer)
 
-        # 2. rollout, decode, reward; N = P / world x G samples on this rank
-        latents, old_log_probs, rewards = [], [], []
-        chunks = torch.arange(len(mine)).split(args.batch)  # positions on this rank; position // G is the group
-        for chunk in chunks:
-            samples = [mine[i] for i in chunk]  # global indices, which seed the noise
-            noise = noise_for(args.seed, epoch, samples, args.steps, shape)
-            if args.shared_noise:  # x_T of the group's first sample
-                noise[:, 0] = noise_for(args.seed, epoch, [s - s % G for s in samples], 1, shape)[:, 0]
-            x, log_probs = rollout(unet, schedule, text[chunk // G], empty, noise.to(device), args.guidance, autocast)
-            latents.append(x)
-            old_log_probs.append(log_probs)
-        latents, old_log_probs = torch.cat(latents), torch.cat(old_log_probs)  # [N, steps + 1, C, H, W], [N, T]
-        clock.append(now(device))
-        for chunk in chunks:
-            rewards.append(reward(embedder, decode(latents[chunk, -1]), targets[chunk // G]))
-        rewards = torch.cat(rewards).view(-1, G)  # [P / world, G]
-        for name, tensor in (("latents", latents.flatten(1)), ("reward", rewards.view(-1, 1))):
-            bad = (~tensor.isfinite().all(1)).nonzero()
-            if len(bad):
-                sys.exit(f"\nstopped: non-finite {name} in epoch {epoch}, prompt {prompts[here][bad[0].item() // G]!r}; "
-                         "checkpoints are untouched")
-        clock.append(now(device))
-        if asked_to_stop():
-            break  # the weights are still those of the last finished epoch
+        # 2. rollout: G images per prompt, and their rewards
+        samples = []
+        for index, _ in micro_batches(len(mine), args.batch):
+            group = mine[index] // G  # [B]
+            noise = noise_for(args.seed, epoch, mine[index].tolist(), args.steps, shape).to(device)
+            with amp:
+                x, mu = rollout(unet, schedule, text[group], empty, noise, args.guidance)
+                images = pipe.vae.decode(x[:, -1] / pipe.vae.config.scaling_factor).sample.float()
+            images, asked = (images / 2 + 0.5).clamp(0, 1), [prompts[g] for g in group]  # [B, 3, H, W]
+            samples.append((x, mu, reward.reward(embedder, images, targets[group], asked)))
+        latents, means, rewards = map(torch.cat,
+                                      zip(*samples))  # [N, steps + 1, C, H, W], [N, steps, ...]
+        rewards = gather(rewards[:len(mine)]).view(P, G)
+        for p in (~rewards.isfinite().all(1)).nonzero():
+            fail(f"epoch {epoch}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")
+        sampled = time.time()
 
-        # 3. advantages: over all ranks, so that one rank and many normalise alike
-        rewards = gather(rewards, world)  # [P, G], from here on those of all ranks
-        advantages, live = group_advantages(rewards, args.advantage_clip)
-        advantages = advantages.flatten()[mine.start:mine.stop]  # [N]
-        live_share = max(live.float().mean().item(), 1 / P)  # dead groups add zeros: dividing by this averages over the live ones
-        pairs_per_update = P * G * T / args.updates  # over all ranks
+        # 3. advantages: within each group, whose mean is the baseline
+        advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
+        advantages = advantages.flatten()[mine]  # [N]
+        live_share = max(live.float().mean().item(),
+                         1 / P)  # an average over live groups: dead ones add 0
 
-        # 4. updates: each over its own (sample, timestep) pairs, gradients summed over micro-batches, all-reduced once
-        order = pairs_of_updates(mine, T, args.updates, args.seed, epoch).to(device)
-        log_ratios, kls, norms, mismatch = [], [], [], torch.zeros(T, device=device)
+        # 4. ratio and step: every update over its own share of the (sample, step) pairs
+        order = deal_pairs(mine.tolist(), T, args.updates, args.seed, epoch).to(device)
+        stats, norms, mismatch = [], [], []
         for k in range(args.updates):
-            micro_batches = order[k].split(args.batch)
-            for m, pairs in enumerate(micro_batches):
-                n, j = pairs.unbind(1)  # [B] the sample (its position on this rank), [B] the step
-                x, x_prev, cond = latents[n, j], latents[n, j + 1], text[n // G]  # DDIM's "prev": the next one of the rollout
-                # DDP decides in the forward whether the backward all-reduces: only that of the last micro-batch does
-                with policy.no_sync() if world > 1 and m < len(micro_batches) - 1 else nullcontext():
-                    out = predict_noise(policy, x, schedule.t[j], cond, empty, args.guidance, autocast)
-                mean = ddim_mean(schedule, j, x, out)
-                new = log_prob(x_prev, mean, schedule.sigma[j])
-                old = old_log_probs[n, j] if k else new.detach()  # before the first step rho = 1 exactly, even in bf16
-                log_ratio = (new - old) / gain[j]
-                if reference:  # frozen, and so are its inputs: no graph is kept
-                    out = predict_noise(reference, x, schedule.t[j], cond, empty, args.guidance, autocast)
-                    kl = kl_gaussian(mean, ddim_mean(schedule, j, x, out), schedule.sigma[j])
-                    nats = kl.detach() * x[0].numel()
-                else:
-                    kl = kl_k3(new - old)
-                    nats = ((new - old).detach() * x[0].numel()) ** 2 / 2  # to second order: the summed ratio may overflow
-                objective = surrogate(log_ratio, advantages[n], args.clip).sum() / live_share - args.kl * kl.sum()
-                (-objective * world / pairs_per_update).backward()  # DDP averages over ranks: with world a global mean
-                log_ratios.append(log_ratio.detach())
-                kls.append(nats)
-                if k == 0:  # rollout against training forward before any step: rounding alone
-                    mismatch.scatter_reduce_(0, j, ((new.detach() - old_log_probs[n, j]) / gain[j]).abs(), "amax")
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-            if not norm.isfinite():  # before the step: the weights are still good
-                last = torch.cat(log_ratios[-len(micro_batches):])  # of this update, in the order of order[k]
-                bad = order[k, ~last.isfinite(), 0].tolist()  # samples whose ratio is not finite
-                what = f"ratio, prompt {prompts[here][bad[0] // G]!r}" if bad else f"gradient, prompts {prompts[here][0]!r} ..."
-                sys.exit(f"\nstopped: non-finite {what} in epoch {epoch}, update {k}; checkpoints are untouched")
+            batches = micro_batches(pairs, args.batch)
+            for m, (index, weight) in enumerate(batches):
+                n, i = order[k, index].T  # [B] sample, [B] step
+                x, x_next, t, cond = latents[n, i], latents[n, i + 1], schedule.t[i], text[mine[n] // G]
+                policy.require_backward_grad_sync = m == len(batches) - 1  # one all-reduce per update
+                with amp:
+                    out = predict_noise(policy, x, t, cond, empty, args.guidance)
+                mu, mu_old, sigma = ddim_mean(schedule, i, x, out), means[n, i], schedule.sigma[i]
+                new, old = log_prob(x_next, mu, sigma), log_prob(x_next, mu_old, sigma)
+                if k == 0:  # still the rollout's policy: rho = 1, and all else is rounding
+                    mismatch.append((new.detach() - old).abs().max())
+                    old, mu_old = new.detach(), mu.detach()
+                kl, nats = kl_k3(new - old), kl_gaussian(mu, mu_old, sigma)
+                if reference:
+                    with amp, torch.no_grad():
+                        out = predict_noise(reference, x, t, cond, empty, args.guidance)
+                    kl = nats = kl_gaussian(mu, ddim_mean(schedule, i, x, out), sigma)
+                log_ratio = new - old
+                if args.even_steps:  # GRPO-Guard (arXiv 2510.22319): of mean 0 and on one scale
+                    log_ratio = (log_ratio + kl_gaussian(mu, mu_old, sigma)) / gain[i]
+                loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip) / live_share  # [B]
+                ((weight.to(device) * loss).sum() / pairs).backward()  # DDP averages over the ranks
+                stats.append(torch.stack([log_ratio, nats], 1).detach()[weight > 0])
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip))
+            if not norms[-1].isfinite():  # before the step: the weights are still good
+                fail(f"epoch {epoch}, {prompts}: the gradient is not finite; the checkpoints stay")
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            norms.append(norm)
-        clock.append(now(device))
+            optimizer.zero_grad()
 
         # 5. log, save
-        ratio, mismatch = gather(torch.cat(log_ratios), world).exp(), gather(mismatch[None], world).amax(0)
-        by_source = {name: [] for name in names}
-        for r, (s, _) in zip(rewards.mean(1).tolist(), chosen):  # the mean of each group
-            by_source[names[s]].append(r)
-        metrics = {
-            "epoch": epoch + 1, "reward": {name: sum(r) / len(r) for name, r in by_source.items() if r},
-            "reward_std": rewards.std(1, correction=0).mean().item(), "dead_groups": int((~live).sum()),
-            "unsafe_prompts": (text_safety(z_text, v) < 0).float().mean().item(),
-            "ratio_min": ratio.min().item(), "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
-            "clip_low": (ratio < 1 - args.clip).float().mean().item(), "clip_high": (ratio > 1 + args.clip).float().mean().item(),
-            "on_policy_noise": mismatch.max().item(), "kl": gather(torch.cat(kls), world).mean().item(),
-            "grad_norm": torch.stack(norms).mean().item(),
-            "seconds": dict(zip(("rollout", "reward", "update"), np.diff(clock).round(3).tolist())),
-            "images_per_second": P * G / (clock[-1] - clock[0])}
-        done = epoch + 1
+        log_ratio, nats = gather(torch.cat(stats)).T
+        ratio, noise = log_ratio.exp(), gather(torch.stack(mismatch)).max().item()
+        metrics = {"epoch": epoch + 1}
+        for name in dict.fromkeys(Path(file).stem for file in args.prompts):
+            own = [Path(args.prompts[s]).stem == name for s, _ in chosen]
+            metrics |= {f"reward/{name}": rewards[own].mean()} if any(own) else {}
+        metrics |= {
+            "reward_std": rewards.std(1, correction=0).mean(),
+            "dead_groups": P - live.sum(),
+            "unsafe_prompts": (reward.text_safety(z_text, v) < 0).float().mean(),
+            "ratio": [ratio.min(), ratio.mean(), ratio.max()],
+            "clip_low": (ratio < 1 - args.clip).float().mean(),
+            "clip_high": (ratio > 1 + args.clip).float().mean(),
+            "on_policy_noise": noise,
+            "kl": nats.mean() * math.prod(shape),  # nats per step
+            "grad_norm": torch.stack(norms).mean(),
+            "seconds_rollout": sampled - start,
+            "seconds_update": time.time() - sampled
+        }
         if rank == 0:
-            with writing(args.out), open(args.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            if epoch == start_epoch:
-                by_step = " ".join(f"{t}:{e:.0e}" for t, e in zip(schedule.t.tolist(), mismatch.tolist()))
-                bar.write("on-policy |log ratio| by timestep, rollout against training forward "
-                          f"(--clip is {args.clip:g}): {by_step}")
-            bar.set_postfix({**{n: f"{r:.3f}" for n, r in metrics["reward"].items()}, "dead": metrics["dead_groups"]})
-            if done % args.save_every == 0:
-                checkpoint, saved = save(done), done
-        if asked_to_stop():
-            break
-    if rank == 0:
-        if done > saved:
-            checkpoint = save(done)
-        if done == args.epochs:
-            print(f"{checkpoint} holds {'the adapters' if args.lora else 'a diffusers pipeline'}; curve.png and grid-{done}.png "
-                  "(above before, below after) are beside it")
-            if args.eval:
-                evaluate(args.eval, shlex.join([path, "--lora", str(checkpoint)] if args.lora else [str(checkpoint)]))
-        else:
-            print(f"stopped by a signal after epoch {done}; continue with --resume")
-
+            with open(log, "a") as file:
+                file.write(json.dumps(metrics, default=float) + "\n")
+            bar.set_postfix({name: f"{x:.3f}" for name, x in metrics.items() if "reward/" in name})
+        if epoch == first_epoch and noise > args.clip:
+            fail(f"--clip {args.clip}: rollout and training differ by {noise:.1e} before an update; use "
+                 "--precision fp32, no --compile, or a larger --clip")
+        if rank == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
+            save(args.out, epoch + 1, pipe, optimizer, args.lora)
+            with amp:
+                draw_grid(pipe, sources, args, args.out / f"grid-{epoch + 1}.png")
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # rank 0 may evaluate or save for long while the others wait; torchrun itself ends them when a rank fails
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
-    main(arguments)
+    try:
+        main(parse_args())
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: lower --batch, or use --gradient-checkpointing or --lora")
     if dist.is_initialized():
         dist.destroy_process_group()

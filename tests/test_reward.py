@@ -1,8 +1,8 @@
-"""reward.py: steered targets by hand, CLIP and OpenCLIP embeddings against second implementations, files and the probe."""
-
+"""reward.py: the four equations by hand, CLIP and OpenCLIP against second implementations, and files."""
 import math
 import os
 import pickle
+import runpy
 import shutil
 from collections import OrderedDict
 
@@ -11,174 +11,83 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import reward as module
-from conftest import refused
-from reward import Embedder, from_openclip, read_anchors, reward, safety_direction, steered_targets, text_safety
+from conftest import telling
+from reward import Embedder, load_direction, reward, safety_direction, steered_targets, text_safety
 
 HALF = math.sqrt(0.5)
-
-
-# ----------------------------------------------------------------------------- the steering reward
-
+MEAN, STD = (torch.tensor(x).view(3, 1, 1)
+             for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
 
 @pytest.mark.parametrize(
     "alpha, steer, expected",
     [
-        # v = (0, 1); prompts at s = -1/sqrt 2, 0 and +1/sqrt 2
-        (HALF, "unsafe", [(1, 0), (1, 0), (HALF, HALF)]),  # (.7, -.7) + (0, .7) = (.7, 0); s = 0 and s > 0 stay
+        (HALF, "unsafe", [(1, 0), (1, 0),
+                          (HALF, HALF)]),  # (.7, -.7) + (0, .7) = (.7, 0); s = 0 and s > 0 stay
         (2 * HALF, "unsafe", [(HALF, HALF), (1, 0), (HALF, HALF)]),
-        (0.0, "unsafe", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
         (0.0, "always", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
         (1.0, "none", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
-        (HALF, "always", [(1, 0), (math.sqrt(2 / 3), math.sqrt(1 / 3)), (1 / math.sqrt(5), 2 / math.sqrt(5))]),
-    ],
-)
+        (HALF, "always", [(1, 0), (math.sqrt(2 / 3), math.sqrt(1 / 3)),
+                          (1 / math.sqrt(5), 2 / math.sqrt(5))]),
+    ])
 def test_steered_targets_by_hand(alpha, steer, expected):
     z, v = torch.tensor([(HALF, -HALF), (1, 0), (HALF, HALF)]), torch.tensor([0.0, 1.0])
     torch.testing.assert_close(text_safety(z, v), torch.tensor([-HALF, 0, HALF]))
-    torch.testing.assert_close(
-        steered_targets(z, v, alpha, steer), torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6
-    )
-
-
-def test_unmoved_targets_are_the_texts_to_the_last_bit():
-    z, v = F.normalize(torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), dim=1), F.normalize(torch.ones(16), dim=0)
-    targets = steered_targets(z, v, 0.5)
-    assert torch.equal((targets != z).any(1), z @ v < 0)
-    torch.testing.assert_close(targets.norm(dim=1), torch.ones(50))
-
+    torch.testing.assert_close(steered_targets(z, v, alpha, steer),
+                               torch.tensor(expected, dtype=torch.float32))
 
 def test_safety_direction_by_hand():
-    """Means of both sides, not of all phrases, and of unequal numbers; without safe phrases straight away from the unsafe."""
+    """Means of both sides, not of all phrases; without safe phrases straight away from the unsafe."""
     safe, unsafe = torch.tensor([[1.0, 0], [1, 0], [1, 0]]), torch.tensor([[0.0, 1], [0, -1]])
     torch.testing.assert_close(safety_direction(safe, unsafe), torch.tensor([1.0, 0]))
-    torch.testing.assert_close(safety_direction(torch.tensor([[0.0, 2]]), torch.tensor([[3.0, -2]])), torch.tensor([-0.6, 0.8]))
-    torch.testing.assert_close(
-        safety_direction(torch.empty(0, 2), torch.tensor([[0.6, 0.0], [0.0, 0.8]])), torch.tensor([-0.6, -0.8])
-    )
-
-
-def test_reward_is_the_fp32_cosine(tiny):
-    """Against numpy in double, with the towers in fp32 and in bf16."""
-    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for autocast, tolerance in ((None, 1e-6), (torch.bfloat16, 0.03)):
-        embedder = Embedder(str(tiny / "clip"), autocast=autocast)
-        targets = embedder.text(["a circle", "a square", "a circle on fire", "a", "b"])
-        r = reward(embedder, images, targets)
-        a, b = Embedder(str(tiny / "clip")).image(images).double().numpy(), targets.double().numpy()
-        assert r.dtype == torch.float32 and r.shape == (5,)
-        np.testing.assert_allclose(
-            r.numpy(), (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1), atol=tolerance
-        )
-
-
-# ----------------------------------------------------------------------------- embedders
-
+    torch.testing.assert_close(safety_direction(safe[:0], torch.tensor([[0.6, 0.0], [0.0, 0.8]])),
+                               torch.tensor([-0.6, -0.8]))
 
 @pytest.fixture(scope="module")
 def embedder(tiny):
     return Embedder(str(tiny / "clip"))
 
-
-def by_hand(clip, tokenizer, prompts, pixels):
-    """CLIPModel's own unit embeddings."""
-    out = clip(input_ids=tokenizer(prompts, padding=True, return_tensors="pt").input_ids, pixel_values=pixels)
-    return out.text_embeds, out.image_embeds
-
-
 def test_embedder_is_clip_called_by_hand(tiny, embedder):
-    """Texts padded to the longest there, to the model's length here: padding does not reach an embedding."""
-    clip, tokenizer = CLIPModel.from_pretrained(tiny / "clip").eval(), CLIPTokenizer.from_pretrained(tiny / "clip")
+    """And padding does not reach an embedding; a prompt beyond the model's length is cut."""
+    clip, tokenizer = CLIPModel.from_pretrained(tiny / "clip").eval(), CLIPTokenizer.from_pretrained(
+        tiny / "clip")
     prompts, images = ["a circle", "a green square left of a blue triangle calm"], torch.rand(2, 3, 8, 8)
-    mean, std = (
-        torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1),
-        torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1),
-    )
+    ids = tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
     with torch.no_grad():
-        text, image = by_hand(clip, tokenizer, prompts, (images - mean) / std)
-    torch.testing.assert_close(embedder.text(prompts), text, rtol=0, atol=1e-6)
-    torch.testing.assert_close(embedder.image(images), image, rtol=0, atol=1e-6)
-    torch.testing.assert_close(embedder.text(prompts[:1]), embedder.text(prompts)[:1], rtol=0, atol=1e-6)
-    assert not any(p.requires_grad for p in embedder.clip.parameters())
-
-
-def test_what_follows_the_end_token_does_not_matter(embedder):
-    """Other pad tokens after the first end token: the same embedding. And a prompt longer than the model is cut, not refused."""
-    ids = embedder.tokenizer(["a pink circle"], padding="max_length", max_length=16, return_tensors="pt").input_ids
-    end = (ids[0] == embedder.tokenizer.eos_token_id).nonzero()[0, 0].item()
-    other = ids.clone()
-    other[0, end + 1 :] = 5
-    with torch.no_grad():
-        a, b = (embedder.clip.get_text_features(i).pooler_output for i in (ids, other))
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        out = clip(input_ids=ids, pixel_values=(images - MEAN) / STD)
+    torch.testing.assert_close(embedder.text(prompts), out.text_embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedder.image(images), out.image_embeds, rtol=0, atol=1e-6)
     assert embedder.text(["circle " * 100]).isfinite().all()
+    targets = embedder.text(["a square", "fire"])
+    torch.testing.assert_close(reward(embedder, images, targets, prompts),
+                               (out.image_embeds * targets).sum(1))
 
-
-class Recorder(nn.Module):
-    """Stands for a CLIP and keeps the pixels it was given."""
-
-    def get_image_features(self, pixels):
-        self.pixels = pixels
-        return type("", (), {"pooler_output": pixels.flatten(1)})
-
-
-def preprocessed(size, images):
-    embedder = Embedder.__new__(Embedder)
-    embedder.clip, embedder.size, embedder.device, embedder.autocast = Recorder(), size, torch.device("cpu"), None
-    embedder.mean, embedder.std = torch.tensor((0.5, 0.4, 0.3)).view(3, 1, 1), torch.tensor((0.2, 0.25, 0.5)).view(3, 1, 1)
-    embedder.image(images)
-    return embedder.clip.pixels * embedder.std + embedder.mean
-
-
-def smooth(height, width, seed=0):
-    """A picture with structure at several scales, uint8."""
-    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))
-
-
-def test_images_of_clips_size_are_not_resampled():
-    images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(preprocessed(32, images), images, rtol=0, atol=1e-6)
-    wide = torch.rand(2, 3, 32, 40)
-    torch.testing.assert_close(preprocessed(32, wide), wide[..., 4:36], rtol=0, atol=1e-6)  # only cropped
-
-
-@pytest.mark.parametrize("height, width", [(512, 512), (64, 64), (96, 96), (512, 768), (768, 512), (160, 96)])
-def test_resize_and_crop_are_pils(height, width):
-    """PIL's bicubic (antialiased) to a short side of 32 and the centre; PIL rounds to 1/255 in between."""
-    picture = smooth(height, width)
-    ours = preprocessed(32, torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255)
-    scale = 32 / min(height, width)
-    resized = Image.fromarray(picture).resize((round(width * scale), round(height * scale)), Image.BICUBIC)
-    left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
-    theirs = torch.from_numpy(np.asarray(resized.crop((left, top, left + 32, top + 32))).copy()).permute(2, 0, 1) / 255
-    assert ours.shape == (1, 3, 32, 32)
-    assert (ours[0] - theirs).abs().max() < 0.02 and (ours[0] - theirs).abs().mean() < 0.003
-
+def test_tensors_and_pictures_are_prepared_alike(embedder):
+    """Training's resize of tensors against CLIP's own processor on the same image: nearly the same embedding."""
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize((64, 64), Image.BICUBIC)
+    tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
+    assert (embedder.image(tensor) * embedder.pictures([picture])).sum() > 0.9999
 
 # ----------------------------------------------------------------------------- OpenCLIP and HPSv2.1
-
 
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = (
-            nn.LayerNorm(width),
-            nn.MultiheadAttention(width, heads, batch_first=True),
-            nn.LayerNorm(width),
-        )
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
-        )
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        layers = dict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(),
+                      c_proj=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask):
         h = self.ln_1(x)
         x = x + self.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
-
 
 class Transformer(nn.Module):
     def __init__(self, width, heads, layers):
@@ -190,267 +99,157 @@ class Transformer(nn.Module):
             x = block(x, mask)
         return x
 
-
-class Visual(nn.Module):
-    def __init__(self, size, patch, width, heads, layers, dim):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width))
-        self.positional_embedding = nn.Parameter(torch.randn((size // patch) ** 2 + 1, width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, heads, layers)
-        self.proj = nn.Parameter(torch.randn(width, dim) / 5)
-
-    def forward(self, x):
-        x = self.conv1(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
-        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
-
-
 class OpenCLIP(nn.Module):
-    """OpenCLIP's ViT by its paper and its parameter names, written apart from transformers."""
-
-    def __init__(self, vocabulary, length, size, patch, dim=12):
+    """OpenCLIP's ViT by its parameter names, written apart from transformers: 224 pixels in patches of 56."""
+    def __init__(self, vocabulary, length):
         super().__init__()
-        self.visual = Visual(size, patch, 24, 3, 2, dim)
-        self.token_embedding = nn.Embedding(vocabulary, 16)
-        self.positional_embedding = nn.Parameter(torch.randn(length, 16))
-        self.transformer = Transformer(16, 2, 3)
-        self.ln_final = nn.LayerNorm(16)
-        self.text_projection = nn.Parameter(torch.randn(16, dim) / 4)
-        self.logit_scale = nn.Parameter(torch.tensor(2.5))
+        self.visual = visual = nn.Module()
+        visual.conv1, visual.transformer = nn.Conv2d(3, 24, 56, 56, bias=False), Transformer(24, 3, 2)
+        visual.class_embedding, visual.positional_embedding = nn.Parameter(
+            torch.randn(24)), nn.Parameter(torch.randn(17, 24))
+        visual.ln_pre, visual.ln_post = nn.LayerNorm(24), nn.LayerNorm(24)
+        visual.proj = nn.Parameter(torch.randn(24, 12) / 5)
+        self.token_embedding, self.positional_embedding = nn.Embedding(vocabulary, 16), nn.Parameter(
+            torch.randn(length, 16))
+        self.transformer, self.ln_final = Transformer(16, 2, 3), nn.LayerNorm(16)
+        self.text_projection, self.logit_scale = nn.Parameter(torch.randn(16, 12) / 4), nn.Parameter(
+            torch.tensor(2.5))
         self.register_buffer("attn_mask", torch.full((length, length), -math.inf).triu(1))
 
     def forward(self, ids, pixels):
-        x = self.ln_final(self.transformer(self.token_embedding(ids) + self.positional_embedding, self.attn_mask))
-        text = x[torch.arange(len(ids)), ids.argmax(1)] @ self.text_projection  # the end token has the largest id
-        return F.normalize(text, dim=1), F.normalize(self.visual(pixels), dim=1)
+        x = self.ln_final(
+            self.transformer(self.token_embedding(ids) + self.positional_embedding, self.attn_mask))
+        text = x[torch.arange(len(ids)),
+                 ids.argmax(1)] @ self.text_projection  # the end token has the largest id
+        v = self.visual
+        x = v.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], 1) + v.positional_embedding
+        image = v.ln_post(v.transformer(v.ln_pre(x))[:, 0]) @ v.proj
+        return F.normalize(text, dim=1), F.normalize(image, dim=1)
 
-
-@pytest.fixture(scope="module")
-def openclip(tiny):
-    """(model, transformers' config of the same shape); every weight random, the LayerNorms' too."""
+@pytest.fixture
+def hpsv2(tiny, tmp_path, monkeypatch):
+    """(OpenCLIP model, path of its .pt): HPSv2.1's file at a tiny shape."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(tiny / "clip")
-    model = OpenCLIP(len(tokenizer), 16, 224, 56).eval()
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    config = {
-        "projection_dim": 12,
-        "text_config": dict(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            hidden_act="gelu",
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        "vision_config": dict(
-            hidden_size=24,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            hidden_act="gelu",
-            image_size=224,
-            patch_size=56,
-        ),
-    }
-    return model, config
-
-
-def test_openclip_weights_embed_alike_in_transformers(openclip, tiny):
-    model, config = openclip
-    clip = CLIPModel(CLIPConfig(**config)).eval()
-    clip.load_state_dict(from_openclip(model.state_dict()), strict=True)
-    tokenizer, prompts = CLIPTokenizer.from_pretrained(tiny / "clip"), ["a circle", "four pink triangles in flames", ""]
-    ids = tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
-    pixels = torch.randn(3, 3, 224, 224, dtype=torch.float64)
-    with torch.no_grad():
-        text, image = by_hand(clip.double(), tokenizer, prompts, pixels)
-        expected = model.double()(ids, pixels)
-        model.float()
-        assert torch.allclose(clip.logit_scale.float(), model.logit_scale)
-    torch.testing.assert_close(text, expected[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(image, expected[1], rtol=0, atol=1e-6)
-
-
-def test_an_unknown_weight_is_not_passed_over(openclip):
-    with pytest.raises(KeyError):
-        from_openclip({**openclip[0].state_dict(), "visual.new.weight": torch.ones(1)})
-
-
-def test_hpsv2_file_to_embeddings(openclip, tiny, tmp_path, monkeypatch):
-    """A .pt as HPSv2's, at a tiny shape: the file, the remap, the tokenizer and the preprocessing together."""
-    model, config = openclip
+    model = OpenCLIP(len(tokenizer), 16).eval()
+    tower = dict(num_attention_heads=2, hidden_act="gelu")
+    monkeypatch.setattr(
+        module, "VIT_H_14", {
+            "projection_dim": 12, "text_config": tower
+            | dict(hidden_size=16, intermediate_size=64, num_hidden_layers=3, vocab_size=len(tokenizer),
+                   max_position_embeddings=16, eos_token_id=tokenizer.eos_token_id),
+            "vision_config": tower | dict(hidden_size=24, intermediate_size=96, num_hidden_layers=2,
+                                          num_attention_heads=3, image_size=224, patch_size=56)
+        })
+    tokenizer.save_pretrained(tmp_path)
+    module.CLIPImageProcessorPil().save_pretrained(tmp_path)
     torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "hps.pt")
-    monkeypatch.setattr(module, "VIT_H_14", config)
-    monkeypatch.setattr(module, "CLIP_TOKENIZER", str(tiny / "clip"))
-    embedder = Embedder(str(tmp_path / "hps.pt"))
-    prompts, images = ["a circle", "two squares burning"], torch.rand(2, 3, 224, 224)
-    ids = CLIPTokenizer.from_pretrained(tiny / "clip")(
-        prompts, padding="max_length", max_length=16, return_tensors="pt"
-    ).input_ids
-    mean, std = (
-        torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1),
-        torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1),
-    )
+    return model, tmp_path / "hps.pt"
+
+def test_hpsv2_embeds_as_openclip_does(hpsv2):
+    model, file = hpsv2
+    embedder, prompts, images = Embedder(str(file)), ["a circle", "four pink triangles in flames"
+                                                      ], torch.rand(2, 3, 224, 224)
+    ids = embedder.tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
     with torch.no_grad():
-        text, image = model(ids, (images - mean) / std)
+        text, image = model(ids, (images - MEAN) / STD)
     torch.testing.assert_close(embedder.text(prompts), text, rtol=0, atol=1e-5)
     torch.testing.assert_close(embedder.image(images), image, rtol=0, atol=1e-5)
 
-
-@pytest.mark.parametrize("change", ["extra", "missing", "shape"])
-def test_weights_of_another_model_are_refused(change, openclip, tmp_path, monkeypatch, capsys):
-    """The remap is strict: no weight may be left over, missing or of another shape."""
-    model, config = openclip
-    state = dict(model.state_dict())
-    if change == "extra":
-        state["visual.new.weight"] = torch.ones(1)
-    elif change == "missing":
-        del state["ln_final.bias"]
-    else:
-        state["visual.proj"] = torch.ones(24, 13)
-    torch.save({"state_dict": state}, tmp_path / "hps.pt")
-    monkeypatch.setattr(module, "VIT_H_14", config)
-    with pytest.raises(SystemExit) as stopped:
-        Embedder(str(tmp_path / "hps.pt"))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: --reward") and error.count("\n") == 1
-
+@pytest.mark.parametrize("change",
+                         [{"visual.new.weight": torch.ones(1)}, {"visual.proj": torch.ones(24, 13)},
+                          {"ln_final.bias": None}, {"ln_final.bias": torch.full((16, ), math.nan)}])
+def test_weights_of_another_model_are_refused(change, hpsv2, capsys):
+    model, file = hpsv2
+    torch.save({"state_dict": {k: w
+                               for k, w in (model.state_dict() | change).items() if w is not None}},
+               file)
+    with telling(capsys, "--reward", "hps.pt"):
+        Embedder(str(file))
 
 def test_vit_h_14_has_hpsv2s_shapes():
-    """The shapes of HPS_v2.1_compressed.pt, from its public description: ViT-H-14 of OpenCLIP, 986,109,441 parameters."""
+    """986,109,441 parameters, as HPS_v2.1_compressed.pt; every name is one that `from_openclip` can make."""
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig(**module.VIT_H_14))
     assert sum(p.numel() for p in clip.parameters()) == 986_109_441
-    shapes = {name: tuple(p.shape) for name, p in clip.state_dict().items()}
-    assert shapes["vision_model.embeddings.position_embedding.weight"] == (257, 1280) and shapes["visual_projection.weight"] == (
-        1024,
-        1280,
-    )
-    assert shapes["text_model.embeddings.token_embedding.weight"] == (49408, 1024) and shapes[
-        "text_model.embeddings.position_embedding.weight"
-    ] == (77, 1024)
 
-
-class Malicious:
-    def __init__(self, file):
-        self.file = file
-
+class Bomb:
     def __reduce__(self):
-        return os.system, (f"touch {self.file}",)
+        return os.system, (f"touch {os.environ['PROOF']}", )
 
+def test_a_pickle_never_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PROOF", str(tmp_path / "ran"))
+    torch.save({"state_dict": Bomb()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Bomb()))
+    for name in "ab":
+        with telling(capsys, f"{name}.pt"):
+            Embedder(str(tmp_path / f"{name}.pt"))
+    assert not (tmp_path / "ran").exists()
 
-@pytest.mark.parametrize("kind", ["torch.save", "bare pickle", "empty", "text", "no state_dict", "missing"])
-def test_a_bad_weights_file_is_one_line_and_runs_nothing(kind, tiny, tmp_path, run):
-    file, proof = tmp_path / "file.pt", tmp_path / "executed"
-    if kind == "torch.save":
-        torch.save({"state_dict": Malicious(proof)}, file)
-    elif kind == "bare pickle":
-        file.write_bytes(pickle.dumps(Malicious(proof)))
-    elif kind == "text":
-        file.write_text("not weights")
-    elif kind == "empty":
-        file.touch()
-    elif kind == "no state_dict":
-        torch.save({"weights": 1}, file)
-    refused(run("reward.py", "--reward", file, "--anchors", tiny / "anchors.txt", "a circle"), "--reward", "file.pt")
-    assert not proof.exists()
-
-
-# ----------------------------------------------------------------------------- files and the probe
-
-
-def test_anchor_files_signs_comments_and_blank_lines(tmp_path):
-    (tmp_path / "a.txt").write_text(
-        "# no phrase\n\n+ a calm circle\n  -a fire  \n-  two fires, # burning\n+ x\r\n", encoding="utf-8"
-    )
-    assert read_anchors(tmp_path / "a.txt") == (["a calm circle", "x"], ["a fire", "two fires, # burning"])
-    (tmp_path / "b.txt").write_text("- only unsafe\n")
-    assert read_anchors(tmp_path / "b.txt") == ([], ["only unsafe"])
-
+def test_anchor_files(embedder, tmp_path):
+    (tmp_path /
+     "a.txt").write_text("\ufeff+ a calm circle\n# no phrase\n\n- a fire \n-  two fires, # burning\n")
+    v = safety_direction(embedder.text(["a calm circle"]),
+                         embedder.text(["a fire", "two fires, # burning"]))
+    torch.testing.assert_close(load_direction(embedder, tmp_path / "a.txt"), v)
 
 @pytest.mark.parametrize(
-    "content, word",
-    [
-        (b"", "no '- unsafe"),
-        (b"+ safe\n", "no '- unsafe"),
-        (b"- unsafe\nsafe\n", "line 2"),
-        (b"- unsafe\n+\n", "line 2"),
-        (b"-  \n", "line 1"),
-        (b"+ one\n+ two\n- two\n- one\n", "no direction"),
-        (b"\xff\xfe- x", "cannot be read"),
-        (None, "cannot be read"),
-    ],
-)
-def test_bad_anchor_files_are_one_line(content, word, tiny, tmp_path, run):
-    if content is not None:
-        (tmp_path / "anchors.txt").write_bytes(content)
-    refused(
-        run("reward.py", "--reward", tiny / "clip", "--anchors", tmp_path / "anchors.txt", "a"), "--anchors", "anchors.txt", word
-    )
+    "text", ["+ safe alone\n", "a line of another kind\n- fire\n", "+ fire\n- fire\n", None])
+def test_other_anchor_files_are_told(text, embedder, tmp_path, capsys):
+    if text:
+        (tmp_path / "a.txt").write_text(text)
+    with telling(capsys, "--anchors", "a.txt"):
+        load_direction(embedder, tmp_path / "a.txt")
 
+def changed(folder, change):
+    """The CLIP folder with its weights {name: tensor} changed in place by `change`."""
+    state = load_file(folder / "model.safetensors")
+    save_file(change(state) or state, folder / "model.safetensors", {"format": "pt"})
 
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        (["--alpha", "-1"], "--alpha -1"),
-        (["--alpha", "nan"], "--alpha"),
-        (["--alpha", "inf"], "--alpha"),
-        (["--reward", "/nonexistent/clip"], "--reward"),
-        (["--reward", "tests"], "config.json"),
-        (["--images=README.md"], "--images"),
-    ],
-)
-def test_bad_flags_of_the_probe_are_one_line(flags, word, tiny, run):
-    refused(run("reward.py", "--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", *flags, "a"), word)
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("visual_projection.weight") is None,
+    lambda state: {f"module.{key}": w
+                   for key, w in state.items()},
+    lambda state: state.update(extra=torch.ones(1)),
+    lambda state: state["logit_scale"].fill_(math.nan) is None,
+], ids=["missing", "module.", "unused", "nan"])
+def test_a_clip_loads_strictly(change, tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "clip", tmp_path / "clip")
+    changed(tmp_path / "clip", change)
+    with telling(capsys, "--reward", tmp_path / "clip"):
+        Embedder(str(tmp_path / "clip"))
 
+def test_a_clip_without_tokenizer_is_told(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "clip", tmp_path / "clip", ignore=shutil.ignore_patterns("tokenizer*"))
+    with telling(capsys, "--clip", "tokenizer"):
+        Embedder(str(tmp_path / "clip"), flag="--clip")
 
-@pytest.mark.parametrize("damage, word", [("truncated", "--reward"), ("no tokenizer", "tokenizer")])
-def test_a_damaged_clip_folder_is_one_line(damage, word, tiny, tmp_path, run):
-    clip = shutil.copytree(tiny / "clip", tmp_path / "clip")
-    if damage == "truncated":
-        os.truncate(clip / "model.safetensors", 500)
-    else:
-        for file in [*clip.glob("token*"), *clip.glob("vocab*"), *clip.glob("merges*")]:
-            file.unlink()
-    refused(run("reward.py", "--reward", clip, "--anchors", tiny / "anchors.txt", "a"), "--reward", word)
+# ----------------------------------------------------------------------------- the probe
 
+def probe(tiny, monkeypatch, *argv):
+    argv = ["reward.py", "--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", *argv]
+    monkeypatch.setattr("sys.argv", [str(a) for a in argv])
+    runpy.run_path("reward.py", run_name="__main__")
 
-def test_the_probe_prints_safety_and_cosines(tiny, embedder, run):
-    """Its table against the same numbers from plain matrix products."""
-    prompts, anchors = ["a circle on fire", "a circle calm", "a green square"], read_anchors(tiny / "anchors.txt")
-    result = run("reward.py", "--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", "--alpha", 0.7, *prompts)
-    assert result.code == 0, result.err
-    z, safe, unsafe = (embedder.text(p).double().numpy() for p in (prompts, *anchors))
-    v = safe.mean(0) - unsafe.mean(0)
-    v /= np.linalg.norm(v)
-    rows = [line.split() for line in result.out.splitlines()[-3:]]
-    for i, (row, prompt) in enumerate(zip(rows, prompts)):
-        s = z[i] @ v
-        target = z[i] + 0.7 * v if s < 0 else z[i]
-        assert row[1] == ("yes" if s < 0 else "no") and " ".join(row[5:]) == f"[{i}] {prompt}"
-        np.testing.assert_allclose(
-            [float(c) for c in (row[0], *row[2:5])], [s, *(z @ target / np.linalg.norm(target))], atol=6e-4
-        )
-    assert {row[1] for row in rows} == {"yes", "no"}
+def test_the_probe_by_hand(tiny, embedder, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8), "orange").save(tmp_path / "p.png")
+    probe(tiny, monkeypatch, "--alpha", 2, "a circle on fire", tiny / "one.txt", "--images",
+          tmp_path / "p.png")
+    v = load_direction(embedder, tiny / "anchors.txt")
+    image = embedder.pictures([Image.open(tmp_path / "p.png")])[0]
+    for line, prompts in zip(capsys.readouterr().out.splitlines(),
+                             (["a circle on fire"], (tiny / "one.txt").read_text().splitlines()),
+                             strict=True):
+        z = embedder.text(prompts)
+        s = [float(x @ v) for x in z]
+        moved = [F.normalize(x + 2 * v, dim=0) if t < 0 else x for x, t in zip(z, s)]
+        share, r = sum(t < 0 for t in s) / len(s), np.mean([float(x @ image) for x in moved])
+        assert f"s(p) {np.mean(s):+.3f}, below 0: {share:.1%}, rewards {r:+.3f}" in line
 
-
-def test_the_probe_prints_the_reward_of_images(tiny, embedder, tmp_path, run):
-    """--images: under each prompt what `reward` gives for the same pixels."""
-    anchors = read_anchors(tiny / "anchors.txt")
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
-    files = [tmp_path / "first.png", tmp_path / "second.png"]
-    for file, array in zip(files, pixels.numpy()):
-        Image.fromarray(array).save(file)
-    prompts = ["a circle on fire", "a circle calm"]
-    flags = ["--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", "--alpha", 0.7]
-    result = run("reward.py", *flags, *prompts, "--images", *files)
-    assert result.code == 0, result.err
-    v = safety_direction(*(embedder.text(p) for p in anchors))
-    for line, target in zip(result.out.splitlines()[-2:], steered_targets(embedder.text(prompts), v, 0.7)):
-        expected = reward(embedder, pixels.permute(0, 3, 1, 2) / 255, target.expand(2, -1))
-        np.testing.assert_allclose([float(c) for c in line.split()[4:6]], expected.numpy(), atol=6e-4)
+@pytest.mark.parametrize("argv, word", [(["--alpha", "nan", "a"], "--alpha"),
+                                        (["--alpha", "-1", "a"], "--alpha"), (["no.txt"], "no.txt"),
+                                        (["a", "--images", "no.png"], "no.png")])
+def test_the_probe_tells(argv, word, tiny, monkeypatch, capsys):
+    with telling(capsys, word):
+        probe(tiny, monkeypatch, *argv)

@@ -1,218 +1,150 @@
-"""toy/: the detectors on drawn scenes, the relations by hand, the prompts' split, and the two scripts."""
-
+"""toy/: the painter against the detectors, the judge by hand, the prompts' split, the scripts."""
 import json
 import random
-import subprocess
+import runpy
+import shlex
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusionPipeline
+import torch
+from transformers import CLIPConfig, CLIPModel
 
-from conftest import ROOT, refused
-from reward import Embedder
+import train
+from conftest import ROOT, telling
+from reward import VIT_H_14, from_openclip
 
 sys.path.append(str(ROOT / "toy"))
-import world
+import ablate, bench, make, plot, world
 
-SCENES = 200
+EVAL = runpy.run_path(str(ROOT / "toy/eval.py"))  # not imported: eval.py in the root has its name
 
+def script(monkeypatch, name, *argv):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+    runpy.run_path(f"toy/{name}", run_name="__main__")
 
-def drawn(task, unsafe, seed=0):
-    """SCENES pictures of a task with their specs and scenes."""
-    rng = random.Random(f"{task}{unsafe}{seed}")
-    for _ in range(SCENES):
-        spec = world.random_spec(rng, task, unsafe)
-        scene = world.random_scene(rng, spec)
-        yield spec, scene, world.paint(rng, scene)
-
+def seen(drawn, found):
+    shape, color, x, y, _ = drawn
+    boxes = [o["box"] for o in found if (o["class"], o["color"]) == (shape, color)]
+    return any(abs((a + c) / 2 - x) < 2 and abs((b + d) / 2 - y) < 2 for a, b, c, d in boxes)
 
 @pytest.mark.parametrize("unsafe", [False, True])
 @pytest.mark.parametrize("task", world.TASKS)
-def test_detectors_on_drawn_scenes(task, unsafe):
-    """The promise is found kept in 97 % of scenes or more, burning or not; fire is seen exactly where it was drawn."""
-    kept = []
-    for spec, (objects, fire), image in drawn(task, unsafe):
-        found, seen = world.detect(image)
-        assert seen == fire == unsafe
-        kept.append(world.judge(spec, found))
-    assert np.mean(kept) >= 0.97
-
-
-@pytest.mark.parametrize("unsafe", [False, True])
-def test_detected_objects_are_the_drawn_ones(unsafe):
-    """Shape, colour and place of every object, against the scene that was painted: a verdict cannot be right by luck."""
-    right = []
-    for task in world.TASKS:
-        for _, (objects, _), image in list(drawn(task, unsafe, 1))[: SCENES // 2]:
-            found, _ = world.detect(image)
-            near = [
-                o
-                for s, c, x, y, r in objects
-                for o in found
-                if (o["class"], o["color"]) == (s, c)
-                and abs((o["box"][0] + o["box"][2]) / 2 - x) < 2
-                and abs((o["box"][1] + o["box"][3]) / 2 - y) < 2
-            ]
-            right.append(len(near) == len(objects) == len(found))
-    assert np.mean(right) >= 0.97
-
-
-def other(rng, spec):
-    """The same task with another promise that the first one's scene breaks."""
-    while True:
-        wrong = world.random_spec(rng, spec["tag"])
-        promises = [
-            sorted((i["class"], i.get("color"), i["count"], str(i.get("position"))) for i in s["include"]) for s in (spec, wrong)
-        ]
-        if promises[0] != promises[1]:
-            return wrong
-
-
-@pytest.mark.parametrize("task", ["single_object", "counting", "colors"])
-def test_a_broken_promise_is_seen(task):
-    """Another shape, number or colour than the picture's is judged false (in these tasks no second promise can hold by chance)."""
+def test_what_is_painted_is_detected(task, unsafe):
     rng = random.Random(0)
-    assert np.mean([world.judge(other(rng, spec), world.detect(image)[0]) for spec, _, image in drawn(task, False)]) <= 0.03
+    specs = [world.random_spec(rng, task, unsafe) for _ in range(150)]
+    scenes = [world.random_scene(rng, spec) for spec in specs]
+    images = [world.paint(rng, scene) for scene in scenes]
+    fire, kept = EVAL["score"](specs, images)
+    assert (fire == unsafe).all() and kept.mean() >= 0.97
+    found = [world.detect(image)[0] for image in images]
+    right = [len(o) == len(f) and all(seen(drawn, f) for drawn in o) for (o, _), f in zip(scenes, found)]
+    assert np.mean(right) >= 0.95
+    if task in ("single_object", "counting", "colors"):  # where no second promise can hold by chance
+        _, kept = EVAL["score"](specs[1:], images)  # each judged by the next one's promise
+        wrong = [a["include"] != b["include"] for a, b in zip(specs, specs[1:])]
+        assert kept[wrong].mean() <= 0.03 and sum(wrong) > 50
 
+def box(x, y, w=8):
+    return x - w / 2, y - 4, x + w / 2, y + 4
 
-def box(x, y, w=8, h=8):
-    return (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+def test_beside():
+    """Of a box of 8 x 8 at (16, 16), whose dead zone with another such box is 0.1 (8 + 8) = 1.6 pixels:
+    12.9 is (3.1 - 1.6) / 3.1 = 0.484 to its left, 12.7 is 0.515."""
+    left = [(6, 16, 8), (12.7, 16, 8), (8, 8, 8), (6, 16, 24)]
+    right, above, below = [(26, 16, 8)], [(16, 6, 8), (10, 8, 8), (8, 8, 8)], [(16, 26, 8)]
+    none = [(16, 16, 8), (14.5, 16, 8), (12.9, 16, 8), (11, 16, 24)]
+    for side, places in zip(world.RELATIONS.values(), (left, right, above, below)):
+        for place in left + right + above + below + none:
+            assert world.beside(box(*place), box(16, 16), side) == (place in places)
 
+def test_judge():
+    circle = {"class": "circle", "color": "green", "box": box(6, 16)}
+    square = {"class": "square", "color": "pink", "box": box(26, 16)}
 
-@pytest.mark.parametrize(
-    "a, relation, expected",
-    [
-        # against a box of 8 x 8 at (16, 16): the dead zone of two such boxes is 0.1 * 16 = 1.6 in each direction
-        (box(6, 16), "left of", True),
-        (box(6, 16), "right of", False),
-        (box(6, 16), "above", False),
-        (box(6, 16), "below", False),
-        (box(26, 16), "right of", True),
-        (box(26, 16), "left of", False),
-        (box(16, 6), "above", True),
-        (box(16, 6), "below", False),
-        (box(16, 26), "below", True),
-        (box(16, 26), "above", False),
-        (box(16, 16), "left of", False),  # no offset at all
-        (box(14.5, 16), "left of", False),  # within the dead zone: 1.5 < 1.6
-        (box(12.9, 16), "left of", False),  # (3.1 - 1.6) / 3.1 = 0.484
-        (box(12.7, 16), "left of", True),  # (3.3 - 1.6) / 3.3 = 0.515
-        (box(10, 8), "above", True),
-        (box(10, 8), "left of", False),  # offset (-6, -8), length 10: 6.4 / 10 and 4.4 / 10
-        (box(8, 8), "above", True),
-        (box(8, 8), "left of", True),  # a diagonal is both: 6.4 / 11.3 = 0.57
-        (box(6, 16, 24, 8), "left of", True),  # 32 wide together: (10 - 3.2) / 10
-        (box(11, 16, 24, 8), "left of", False),
-    ],
-)  # (5 - 3.2) / 5 = 0.36
-def test_beside_by_hand(a, relation, expected):
-    assert world.beside(a, box(16, 16), world.RELATIONS[relation]) is expected
+    def kept(*include, exclude=(), circles=1):
+        return world.judge({"include": include, "exclude": exclude}, [square] + [circle] * circles)
 
+    one = world.one
+    assert kept(one("square"), one("circle", position=["left of", 0]))
+    assert not kept(one("square"), one("circle", position=["right of", 0]))
+    assert kept(one("circle", color="green")) and not kept(one("circle", color="pink"))
+    assert [kept(one("circle", count=2), circles=n) for n in (1, 2)] == [False, True]
+    assert not kept(one("circle", count=2), exclude=[one("circle", count=3)], circles=3)
 
-def test_judge_by_hand():
-    """Count, colour, position against an earlier object, and GenEval's exclude."""
+def test_prompts(tmp_path):
+    """The committed files are what make.py writes, are what they are called, and hold no test prompt."""
+    make.prompt_files(tmp_path, 0)
+    files = {file.stem: file.read_text() for file in (ROOT / "toy/prompts").iterdir()}
+    assert files == {file.stem: file.read_text() for file in tmp_path.iterdir()}
+    for name, unsafe in {"unsafe": True, "compositional": False}.items():
+        lines = set(files[name].splitlines())
+        assert len(lines) > 400 and {line.endswith(world.UNSAFE) for line in lines} == {unsafe}
+        tests = [spec for seed in range(3) for spec in world.specs(384, seed, True, unsafe)]
+        assert not lines & {spec["prompt"] for spec in tests}
 
-    def object_(shape, color, x, y):
-        return {"class": shape, "color": color, "box": box(x, y)}
+def test_eval(monkeypatch, tmp_path):
+    script(monkeypatch, "eval.py", "toy/sd", "--n", 12, "--steps", 3, "--out", tmp_path / "numbers.json")
+    rates = json.loads((tmp_path / "numbers.json").read_text())["toy/sd"]
+    tasks = [rates[task] for task in world.TASKS]  # of two prompts each
+    assert set(tasks) <= {0, 50, 100} and np.isclose(rates["composition"], np.mean(tasks))
+    assert rates["unsafe_rate"] > 50 > rates["false_rate"]
 
-    circle, square = object_("circle", "green", 6, 16), object_("square", "pink", 26, 16)
-    left = {
-        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}],
-        "exclude": [],
-    }
-    right = {
-        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["right of", 0]}],
-        "exclude": [],
-    }
-    two = {"include": [{"class": "circle", "count": 2}], "exclude": [{"class": "circle", "count": 3}]}
-    green = {"include": [{"class": "circle", "count": 1, "color": "green"}], "exclude": []}
-    assert world.judge(left, [circle, square]) and not world.judge(right, [circle, square]) and not world.judge(left, [circle])
-    assert [world.judge(two, [circle] * n) for n in (1, 2, 3)] == [False, True, False]
-    assert (
-        world.judge(green, [circle, square])
-        and not world.judge(green, [object_("circle", "pink", 6, 16)])
-        and not world.judge(green, [])
-    )
+def test_eval_draws_by_seed_and_place_and_refuses_nan(capsys):
+    asked, value = [], 0.5
 
+    def pipe(prompts, generator, **settings):
+        asked.extend(zip(prompts, (g.initial_seed() for g in generator)))
+        assert settings == dict(eta=1, num_inference_steps=7, guidance_scale=3, output_type="np")
+        return Namespace(images=np.full((len(prompts), 2, 2, 3), value))
 
-def test_no_training_prompt_is_a_test_prompt():
-    training = {
-        line for name in ("unsafe", "compositional") for line in (ROOT / f"toy/prompts/{name}.txt").read_text().splitlines()
-    }
-    tests = [spec for seed in range(3) for unsafe in (False, True) for spec in world.specs(384, seed, True, unsafe)]
-    assert len(training) > 100 and not training & {spec["prompt"] for spec in tests}
-    assert {spec["tag"] for spec in tests} == set(world.TASKS)
-    for unsafe in (False, True):  # the hazard's words stand in every unsafe prompt and in no benign one
-        assert all(spec["prompt"].endswith(world.UNSAFE) == unsafe for spec in tests if spec["unsafe"] == unsafe)
+    specs = world.specs(10, 0, True, True)
+    assert (EVAL["draw"](pipe, specs, 2, 7, 3, batch=4) == 128).all()
+    assert asked == [(spec["prompt"], 2_000_006 + k) for k, spec in enumerate(specs)]
+    value = np.nan
+    with telling(capsys, "not finite"):
+        EVAL["draw"](pipe, specs, 2, 7, 3)
 
+METRICS = dict(reward_std=0.1, ratio=[0.9, 1, 1.2], clip_low=0.1, clip_high=0, kl=3, grad_norm=0.2)
 
-def test_training_prompts_are_what_their_files_say():
-    unsafe, benign = ((ROOT / f"toy/prompts/{name}.txt").read_text().splitlines() for name in ("unsafe", "compositional"))
-    assert all(p.endswith(world.UNSAFE) for p in unsafe) and not any(p.endswith(world.UNSAFE) for p in benign)
-    assert len(set(unsafe)) == len(unsafe) and len(set(benign)) == len(benign)
+def test_plot(tmp_path):
+    """A line per run and prompt file, by its own name, which matplotlib would hide or parse."""
+    runs = {name: tmp_path / name for name in ("_a", r"b$\frac$")}
+    for folder in runs.values():
+        folder.mkdir()
+        rows = [METRICS | {"epoch": e, "reward/_$x$": 0, "reward/y": e} for e in (1, 2, 3)]
+        del rows[1]["reward/y"]  # none of that file's prompts was drawn
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    panels = plot.draw(runs, tmp_path / "curves.png").axes
+    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert labels == [plot.label(run, file) for run in runs for file in ("_$x$", "y")]
+    assert panels[0].lines[1].get_ydata().tolist()[::2] == [1, 3]
+    assert [len(panel.lines) for panel in panels] == [4, 2, 2, 4, 2, 2]
 
+@pytest.mark.parametrize("log", [None, "", "{", "[]", '{"epoch": 1}', json.dumps(METRICS)])
+def test_plot_refuses_what_is_no_log(log, monkeypatch, tmp_path, capsys):
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_text(log)
+    with telling(capsys, tmp_path / "metrics.jsonl"):
+        script(monkeypatch, "plot.py", tmp_path)
 
-def test_specs_are_a_function_of_their_seed():
-    assert world.specs(12, 0, True, True) == world.specs(12, 0, True, True) != world.specs(12, 1, True, True)
+def test_ablation_rows_are_commands(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    for flags in ablate.ROWS.values():
+        train.parse_args(["@toy/train.args", *shlex.split(flags or ""), "--out", str(tmp_path)])
+    assert ablate.calm_preferred([0, 2], n=24) == [0, 100]
+    assert [ablate.number(x) for x in ("toy/sd", "a-1/checkpoint-20", "grid-3.png")] == [0, 20, 3]
 
-
-# ----------------------------------------------------------------------------- the scripts
-
-
-def test_eval_writes_its_numbers(tmp_path, run):
-    """The whole evaluation at n = 12, on the committed model: rates that add up, and the same numbers printed and written."""
-    result = run(
-        "toy/eval.py",
-        "--model",
-        "toy/sd",
-        "--n",
-        12,
-        "--steps",
-        3,
-        "--out",
-        tmp_path / "r.json",
-        code="import sys; sys.path.insert(0, 'toy')",
-    )
-    assert result.code == 0, result.err
-    numbers = json.loads((tmp_path / "r.json").read_text())
-    assert numbers["n"] == 12 and set(numbers["tasks"]) == set(world.TASKS)
-    assert numbers["composition"] == pytest.approx(np.mean(list(numbers["tasks"].values())))
-    for name in ("unsafe_rate", "false_rate", "content_kept", "composition"):
-        assert 0 <= numbers[name] <= 1 and f"{name} {numbers[name]:.3f}" in result.out
-        if name != "composition":
-            assert (numbers[name] * 12) % 1 == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    "flags, word", [(["--model", "/nonexistent/model"], "--model"), (["--model", "toy/sd", "--n", 5], "--n 5")]
-)
-def test_eval_refuses_bad_input_in_one_line(flags, word, tmp_path, run):
-    refused(run("toy/eval.py", *flags, "--out", tmp_path / "r.json", code="import sys; sys.path.insert(0, 'toy')"), word)
-    assert not (tmp_path / "r.json").exists()
-
-
-def test_scores_are_shares_of_detected_scenes():
-    """eval.score on drawn scenes: fire as painted, promises kept."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("toy_eval", ROOT / "toy/eval.py")
-    evaluation = module_from_spec(spec)
-    spec.loader.exec_module(evaluation)
-    scenes = [s for task in world.TASKS for unsafe in (False, True) for s in list(drawn(task, unsafe, 2))[:10]]
-    fire, kept = evaluation.score([s[0] for s in scenes], [s[2] for s in scenes])
-    assert fire.tolist() == [s[1][1] for s in scenes] and kept.mean() >= 0.97
-
-
-def test_make_writes_what_is_committed_but_for_the_weights(tmp_path):
-    """A thousandth of the training: the same prompt files to the byte, and weights of the same shapes in loadable folders."""
-    command = [sys.executable, "toy/make.py", "--scale", "0.001", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for file in (ROOT / "toy/prompts").iterdir():
-        assert (tmp_path / "prompts" / file.name).read_bytes() == file.read_bytes()
-    made, committed = (StableDiffusionPipeline.from_pretrained(f / "sd", safety_checker=None) for f in (tmp_path, ROOT / "toy"))
-    for part in ("unet", "vae"):
-        shapes = [{k: v.shape for k, v in getattr(pipe, part).state_dict().items()} for pipe in (made, committed)]
-        assert shapes[0] == shapes[1]
-    assert Embedder(str(tmp_path / "clip")).text(["a circle on fire"]).shape == (1, 64)
+def test_bench():
+    args = Namespace(prompts_per_epoch=2, generations=3, steps=5, kl=0.1, kl_to="ref")
+    assert bench.epoch_cost(args, 1, 3) == (6 * 5, 6 * 4 * (3 + 1))
+    args.kl = 0
+    assert bench.epoch_cost(args, 1, 3) == (6 * 5, 6 * 4 * 3)
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8)  # 2 products of 2 x 2 x 4 x 6 x 8 FLOPs
+    assert bench.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k)) == 1536
+    assert bench.peak_bytes(lambda: torch.zeros(1000).add(1).mul(2)) == 8000  # never three alive
+    with torch.device("meta"):
+        state, clip = bench.random_hps(), CLIPModel(CLIPConfig(**VIT_H_14))
+    clip.load_state_dict(from_openclip(state), assign=True)

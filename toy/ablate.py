@@ -1,14 +1,17 @@
-"""Reruns the ablation record on the toy: every row for each seed, trained and scored; prints the table and draws the pictures.
+"""Reruns the ablation record on the toy: every row for each seed, trained and scored; prints the table
+and draws the pictures ablations.png, samples.png and curves.png.
 
-python toy/ablate.py --seeds 0 1 2 --jobs 2            # hours on 2 cores; a rerun makes only what is missing
-python toy/ablate.py --rows start default no-kl        # some rows
+    python toy/ablate.py --seeds 0 1 2 --jobs 2       # hours on 2 cores; a rerun makes what is missing
+    python toy/ablate.py --rows start default no-kl   # some rows
+    python toy/ablate.py --rows "mine=--alpha 1 --kl 0.1"
 """
-
 import argparse
 import json
 import os
 import random
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,24 +19,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.utils import make_image_grid
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+import plot
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Embedder, direction_from, read_anchors, reward, steered_targets
-from sample import check, fail
+from reward import Embedder, Help, fail, load_direction, reward, steered_targets
 
+BASE = "--alpha 1 --kl 0 --epochs 40"  # quicker than the default run, without a KL that hides the rest
 UNSAFE_ONLY = "--anchors toy/prompts/anchors-unsafe-only.txt"
-BASE = "--alpha 1 --kl 0 --epochs 40"  # quicker than the default run, and without the KL that would hide the rest
 ROWS = {  # name: flags that follow @toy/train.args
-    "default": "--save-every 10",
+    "start": None,  # the model before training
+    "default": "",
     "no-kl": "--kl 0",
     "lora": "--lora 8 --lr 1.5e-3",
     "base": BASE,
     "no-steering": f"{BASE} --steer none",  # the same run as --alpha 0
-    "repel": f"{BASE} --steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* becomes v = -z_unsafe for every prompt: -1 x CLIP
+    "repel": f"{BASE} --steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* is -z_unsafe for all: -1 x CLIP
     "alpha-0.3": f"{BASE} --alpha 0.3",
     "alpha-0.5": f"{BASE} --alpha 0.5",
     "alpha-0.7": f"{BASE} --alpha 0.7",
@@ -42,142 +48,145 @@ ROWS = {  # name: flags that follow @toy/train.args
     "unsafe-only-anchors": f"{BASE} {UNSAFE_ONLY}",
     "steer-always": f"{BASE} --steer always",
     "kl-ref": f"{BASE} --kl 0.03 --kl-to ref",
-    "kl-old": f"{BASE} --kl 10 --kl-to old",  # k3 of mean log-probs is of the order of 1e-5: a small beta would do nothing
+    "kl-old": f"{BASE} --kl 10 --kl-to old",  # k3 of mean log-probs is of the order of 1e-5
     "uneven-steps": f"{BASE} --no-even-steps",
     "one-update": f"{BASE} --updates 1",
     "one-update-long": f"{BASE} --updates 1 --epochs 160",  # as many optimizer steps as base
-    "no-guidance": f"{BASE} --guidance 1 --epochs 80",  # cheaper epochs, so more of them at the same compute
+    "no-guidance": f"{BASE} --guidance 1 --epochs 80",  # epochs at half the cost, so twice as many
     "fewer-steps": f"{BASE} --steps 5 --epochs 80",
 }
+SWEEP = {0: "no-steering", 0.3: "alpha-0.3", 0.5: "alpha-0.5", 0.7: "alpha-0.7", 1: "base", 2: "alpha-2"}
 FIGURES = ("unsafe_rate", "false_rate", "content_kept", "composition")
 
-
-def run(command):
-    """A command on one core; its error output is the message where it fails."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+# ------------------------------------------------------------ runs
+def run(*command):
+    """A script on one core; its error output is the message where it fails."""
+    command = [sys.executable, *map(str, command)]
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=one_core, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{shlex.join(map(str, command))}\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
 
+def number(path):
+    """N of checkpoint-N or grid-N.png; 0 of toy/sd."""
+    return int(re.sub(r"\D", "", Path(path).name) or 0)
 
-def result_of(row, seed, flags, folder, n):
-    """{epoch: scores} of one run, trained under folder/row-seed unless it is there already: of the last checkpoint, for the
-    default run of all. "start" is the model before training, epoch 0."""
-    out = folder / f"{row}-{seed}"
-    if row == "start":
-        models = {0: "toy/sd"}
-    else:
-        if not (out / "finished").exists():
-            resume = ["--resume"] if (out / "args.json").exists() else []
-            run(["train.py", "@toy/train.args", *shlex.split(flags), "--eval", "", "--seed", seed, "--out", out, *resume])
-            (out / "finished").touch()
-        models = {int(p.name.split("-")[1]): p for p in out.glob("checkpoint-*")}  # with --lora, the adapters
-        models = models if row == "default" else {max(models): models[max(models)]}
-    for epoch, model in models.items():
-        file = out / f"scores-{epoch}.json"
-        if not file.exists():
-            out.mkdir(parents=True, exist_ok=True)
-            model = ["toy/sd", "--lora", model] if "--lora" in flags.split() else [model]
-            run(["toy/eval.py", "--model", *model, "--seed", seed, "--n", n, "--out", file])
-    return {epoch: json.loads((out / f"scores-{epoch}.json").read_text()) for epoch in sorted(models)}
-
+def scores_of(out, flags, seed, n):
+    """{epoch: scores} of the run in folder `out`, trained and scored unless it has been already: of its
+    last checkpoint, for the default run of all."""
+    file = out / "scores.json"
+    if not file.exists():
+        models = ["toy/sd"]
+        if any(out.glob("checkpoint-*")):
+            run("train.py", "--resume", out)
+        elif flags is not None:
+            shutil.rmtree(out, ignore_errors=True)  # a run that was stopped before its first checkpoint
+            run("train.py", "@toy/train.args", *shlex.split(flags), "--seed", seed, "--out", out)
+        if flags is not None:
+            models = sorted(out.glob("checkpoint-*"), key=number)[0 if flags == "" else -1:]
+            if "--lora" in flags:
+                models = ["toy/sd", "--lora", *models]
+        out.mkdir(parents=True, exist_ok=True)
+        run("toy/eval.py", *models, "--seed", seed, "--n", n, "--out", file)
+    return {number(model): scores for model, scores in json.loads(file.read_text()).items()}
 
 def calm_preferred(alphas, n=96):
-    """{alpha: share of unsafe test prompts under which a scene painted calm earns more than the same scene burning}: what the
+    """% of unsafe test prompts, by alpha, under which a scene earns more calm than burning: what the
     reward asks for, before any training."""
     rng = random.Random(0)
     specs = world.specs(n, 0, True, True)
     scenes = [world.random_scene(rng, spec)[0] for spec in specs]
+    burning, calm = ([world.paint(rng, (scene, fire)) for scene in scenes] for fire in (True, False))
+    images = torch.from_numpy(np.stack(burning + calm)).permute(0, 3, 1, 2) / 255
+    prompts = [spec["prompt"] for spec in specs]
     embedder = Embedder("toy/clip")
-    v, z = direction_from(embedder, *read_anchors("toy/prompts/anchors.txt")), embedder.text([s["prompt"] for s in specs])
-    burning, calm = (
-        torch.from_numpy(np.stack([world.paint(rng, (scene, fire)) for scene in scenes])).permute(0, 3, 1, 2) / 255
-        for fire in (True, False)
-    )
-    targets = {alpha: steered_targets(z, v, alpha) for alpha in alphas}
-    return {a: (reward(embedder, calm, t) > reward(embedder, burning, t)).float().mean().item() for a, t in targets.items()}
+    v, z = load_direction(embedder, "toy/prompts/anchors.txt"), embedder.text(prompts)
+    preferred = []
+    for alpha in alphas:
+        targets = steered_targets(z, v, alpha).repeat(2, 1)
+        burning, calm = reward(embedder, images, targets, prompts * 2).chunk(2)
+        preferred.append(100 * (calm > burning).float().mean().item())
+    return preferred
 
+# ------------------------------------------------------------ what they show
+def rates(scores, name):
+    """[seeds, checkpoints]"""
+    return np.array([[at[name] for at in by_epoch.values()] for by_epoch in scores])
 
-def last(scores, figure):
-    """In %, one value per seed: of the last checkpoint scored."""
-    return [100 * list(s.values())[-1][figure] for s in scores]
+def spread(values):
+    """Sample standard deviation over the first axis, the seeds; 0 of one."""
+    return np.std(values, 0, ddof=len(values) > 1)
 
-
-def spread(values, axis=0):
-    """Sample standard deviation over the seeds; 0 of one."""
-    return np.std(values, axis, ddof=np.shape(values)[axis] > 1)
-
-
-def pictures(results, folder, seed):
-    """ablations.png: the trade-off of all rows, the alpha sweep, the default run over its epochs, with bars of one standard
-    deviation over the seeds. samples.png: what the default run of one seed draws for the same prompts and noise, a line per checkpoint."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
-    colors = plt.get_cmap("tab20").colors
-    for k, row in enumerate(results):
-        look = dict(marker="o^sD"[k % 4], color=colors[k % 20], linestyle="", markeredgecolor="0.3", markeredgewidth=0.4)
-        left.plot(last(results[row], "unsafe_rate"), last(results[row], "composition"), label=row, **look)
-    left.set(xlabel="unsafe rate (%), logarithmic above 10", ylabel="composition (%)", title="trade-off, each seed: upper left is best")
+def draw(results, file):
+    """The trade-off of all rows, the alpha sweep, and the default run over its epochs, with bars of one
+    standard deviation."""
+    figure = Figure(figsize=(17, 5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for k, (row, scores) in enumerate(results.items()):
+        unsafe, composition = rates(scores, "unsafe_rate"), rates(scores, "composition")
+        look = dict(color=f"C{k % 10}", markeredgecolor="0.3", label=row)
+        left.plot(unsafe[:, -1], composition[:, -1], "o^sD"[k // 10], **look)
     left.set_xscale("symlog", linthresh=10)  # most rows lie below 10 %
-    left.set_xlim(-1, 130)
-    left.legend(fontsize=7, ncols=2)
-    sweep = {0: "no-steering", 0.3: "alpha-0.3", 0.5: "alpha-0.5", 0.7: "alpha-0.7", 1: "base", 2: "alpha-2"}
-    sweep = {alpha: row for alpha, row in sweep.items() if row in results}
+    left.set(xlabel="unsafe rate (%), logarithmic above 10", ylabel="composition (%)", xlim=(-1, 130),
+             title="trade-off, each seed: upper left is best")
+    sweep = {alpha: results[row] for alpha, row in SWEEP.items() if row in results}
+    for name in FIGURES:
+        if sweep:
+            points = np.stack([rates(scores, name)[:, -1] for scores in sweep.values()], 1)
+            middle.errorbar(list(sweep), points.mean(0), spread(points), fmt="o-", label=name)
+        if {"start", "default"} <= set(results):
+            points = np.hstack([rates(results[row], name) for row in ("start", "default")])
+            epochs = [0, *results["default"][0]]
+            right.errorbar(epochs, points.mean(0), spread(points), fmt="o-", label=name)
     if sweep:
-        for name in FIGURES:
-            points = [last(results[row], name) for row in sweep.values()]
-            middle.errorbar(list(sweep), np.mean(points, 1), spread(points, 1), fmt="o-", capsize=2, label=name)
-        preferred = calm_preferred([0, 0.3, 0.4, 0.5, 0.6, 0.7, 1, 2])
-        print("calm rewarded above burning, by alpha: " + ", ".join(f"{a:g}: {100 * p:.0f} %" for a, p in preferred.items()))
-        middle.plot(list(preferred), [100 * p for p in preferred.values()], "k--", label="calm rewarded above burning")
-    middle.set(xlabel="alpha", ylabel="%", title="steering strength")
-    if "start" in results and "default" in results:
-        runs = [{**start, **trained} for start, trained in zip(results["start"], results["default"])]
-        for name in FIGURES:
-            points = [[100 * scores[name] for scores in run.values()] for run in runs]  # [seeds, checkpoints]
-            right.errorbar(list(runs[0]), np.mean(points, 0), spread(points), fmt="o-", capsize=2, label=name)
-    right.set(xlabel="epoch", ylabel="%", title="the default run")
-    for axis in (middle, right):
-        axis.set_ylim(-3, 103)  # rates; some bars reach beyond
-        if axis.lines:
-            axis.legend(loc=(0.45, 0.12))
-    figure.savefig(folder / "ablations.png", dpi=110)
+        alphas = (0, 0.3, 0.4, 0.5, 0.6, 0.7, 1, 2)
+        preferred = calm_preferred(alphas)
+        print("calm rewarded above burning, in %, by alpha:", dict(zip(alphas, preferred)))
+        middle.plot(alphas, preferred, "k--", label="calm rewarded above burning")
+    middle.set(xlabel="alpha", ylabel="%", title="steering strength", ylim=(-3, 103))
+    right.set(xlabel="epoch", ylabel="%", title="the default run", ylim=(-3, 103))
+    for panel in (left, middle, right):
+        if panel.lines:
+            panel.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
 
-    grids = {int(file.stem.split("-")[1]): file for file in (folder / f"default-{seed}").glob("grid-*.png")}
-    if grids:
-        lines = [np.asarray(Image.open(grids[epoch])) for epoch in sorted(grids)]
-        height = len(lines[0])  # the start model's; the later ones hold it above their own
-        Image.fromarray(np.concatenate([line[-height:] for line in lines])).save(folder / "samples.png")
-
+def draw_samples(run, file):
+    """A line per checkpoint: the same prompts from the same noise."""
+    lines = []
+    for grid in sorted(run.glob("grid-*.png"), key=number):
+        grid = Image.open(grid)  # a line of 256 pixels for each file of prompts
+        tops = range(0, grid.height, 256)
+        lines += [grid.crop((0, top, grid.width, top + 256)) for top in tops]
+    make_image_grid(lines, len(lines) // len(tops), len(tops)).save(file)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=["start", *ROWS], help="names of rows, or name=FLAGS for a row of your own")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training and scoring")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
-    parser.add_argument("--n", type=int, default=384, help="images per rate")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs; gets ablations.png and samples.png")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--rows", nargs="+", default=list(ROWS), help="names of rows, or name=FLAGS for one of your own")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training and scoring")
+    add("--jobs", type=int, default=2, help="runs at once, one core each")
+    add("--n", type=int, default=384, help="images per rate")
+    add("--out", type=Path, default="runs/ablations", help="folder of the runs and pictures")
     args = parser.parse_args()
-    check(args, "jobs", lambda x: x >= 1, "at least 1")
-    check(args, "n", lambda x: x >= len(world.TASKS), f"at least {len(world.TASKS)}, one prompt per task")  # before any training
-    check(args, "seeds", lambda x: min(x) >= 0, "0 or more")
-    unknown = [r for r in args.rows if "=" not in r and r not in ("start", *ROWS)]
-    if unknown:
-        fail(f"--rows {unknown[0]}: unknown; give one of start, {', '.join(ROWS)}, or name=FLAGS")
-    rows = {name: flags if given else ROWS.get(name, "") for name, given, flags in (r.partition("=") for r in args.rows)}
-    tasks = [(row, seed) for seed in args.seeds for row in rows]
+    rows = dict(row.split("=", 1) if "=" in row else (row, ROWS.get(row, row)) for row in args.rows)
+    if unknown := [name for name in rows if rows[name] == name]:
+        fail(f"--rows {unknown[0]}: give name=FLAGS, or of {', '.join(ROWS)}")
+    if args.n < len(world.TASKS) or min(args.seeds) < 0 or args.jobs < 1:  # before hours of training
+        fail(f"--n is at least {len(world.TASKS)}, a prompt per task, --seeds 0, --jobs 1")
+
+    tasks = [(args.out / f"{row}-{seed}", rows[row], seed, args.n) for row in rows
+             for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(result_of, row, seed, rows[row], args.out, args.n) for row, seed in tasks]
-        for future in tqdm(runs, desc="runs"):
-            future.result()
-    results = {row: [future.result() for future, (r, _) in zip(runs, tasks) if r == row] for row in rows}
+        scores = list(tqdm(pool.map(lambda task: scores_of(*task), tasks), "runs", len(tasks)))
+    seeds = len(args.seeds)
+    results = {row: scores[i * seeds:(i + 1) * seeds] for i, row in enumerate(rows)}
     print(f"| row | flags | {' | '.join(FIGURES)} |\n|---|---{'|---' * len(FIGURES)}|")
     for row, scores in results.items():
-        cells = [f"{np.mean(x):.1f} ± {spread(x):.1f}" for x in (last(scores, name) for name in FIGURES)]
-        print(f"| {row} | `{rows[row]}` | {' | '.join(cells)} |")
-    pictures(results, args.out, args.seeds[0])
+        finals = [rates(scores, name)[:, -1] for name in FIGURES]
+        cells = " | ".join(f"{x.mean():.1f} ± {spread(x):.1f}" for x in finals)
+        print(f"| {row} | `{rows[row] or ''}` | {cells} |")
+    draw(results, args.out / "ablations.png")
+    if "default" in rows:
+        runs = {f"seed {seed}": args.out / f"default-{seed}" for seed in args.seeds}
+        plot.draw(runs, args.out / "curves.png")
+        draw_samples(next(iter(runs.values())), args.out / "samples.png")
