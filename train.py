@@ -187,7 +187,8 @@ def parse_args(argv=None):
         args.out = args.resume
         for name in stored.keys() - {"epochs", "batch", "save_every", "out", "resume"}:
             if str(getattr(args, name)) != str(stored[name]):
-                parser.error(f"--{name} {getattr(args, name)}: the run has {stored[name]}; leave it out")
+                parser.error(
+                    f"--{name.replace('_', '-')} {getattr(args, name)}: the run has {stored[name]}")
     elif args.out.is_file() or any(args.out.glob("[!.]*")):
         parser.error(f"--out {args.out} exists: --resume {args.out}, or give another folder")
     check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
@@ -254,6 +255,8 @@ def main(args):
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
     rows = [read_rows(file) for file in args.prompts]
     sources = [[row["prompt"] for row in file if row["prompt"].strip()] for file in rows]
+    if not all(sources):
+        fail(f"--prompts {args.prompts}: all prompts of a file are blank")
 
     # models: the policy, its frozen companions, the reward
     pipe = load_pipeline(args.model).to(device)
@@ -298,7 +301,7 @@ def main(args):
     policy = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     gain = (schedule.b.abs() / schedule.sigma)[:T]  # |d mu / d out| / sigma: what the UNet can do to rho
-    gain = gain / gain.mean()
+    gain = gain / gain.mean() if args.even_steps else torch.ones_like(gain)
 
     if rank == 0:
         print(
@@ -348,7 +351,7 @@ def main(args):
                                       zip(*samples))  # [N, steps + 1, C, H, W], [N, steps, ...]
         rewards = gather(rewards[:len(mine)]).view(P, G)
         for p in (~rewards.isfinite().all(1)).nonzero():
-            fail(f"epoch {epoch}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")
+            fail(f"epoch {epoch + 1}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")
         sampled = time.time()
 
         # 3. advantages: within each group, whose mean is the baseline
@@ -378,15 +381,13 @@ def main(args):
                     with amp, torch.no_grad():
                         out = predict_noise(reference, x, t, cond, empty, args.guidance)
                     kl = nats = kl_gaussian(mu, ddim_mean(schedule, i, x, out), sigma)
-                log_ratio = new - old
-                if args.even_steps:  # GRPO-Guard (arXiv 2510.22319): of mean 0 and on one scale
-                    log_ratio = (log_ratio + kl_gaussian(mu, mu_old, sigma)) / gain[i]
+                log_ratio = (new - old) / gain[i]
                 loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip) / live_share  # [B]
                 ((weight.to(device) * loss).sum() / pairs).backward()  # DDP averages over the ranks
                 stats.append(torch.stack([log_ratio, nats], 1).detach()[weight > 0])
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip))
             if not norms[-1].isfinite():  # before the step: the weights are still good
-                fail(f"epoch {epoch}, {prompts}: the gradient is not finite; the checkpoints stay")
+                fail(f"epoch {epoch + 1}, {prompts}: the gradient is not finite; the checkpoints stay")
             optimizer.step()
             optimizer.zero_grad()
 

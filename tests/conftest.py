@@ -108,11 +108,6 @@ def telling(capsys, *words):
 def weights(folder):
     return load_file(folder / "unet/diffusion_pytorch_model.safetensors")
 
-def distance(a, b):
-    """The largest difference of two checkpoints' UNets."""
-    a, b = weights(a), weights(b)
-    return max((a[k] - b[k]).abs().max().item() for k in a | b)
-
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -67,12 +67,11 @@ def test_judge():
     def kept(*include, exclude=(), circles=1):
         return world.judge({"include": include, "exclude": exclude}, [square] + [circle] * circles)
 
-    one = world.one
-    assert kept(one("square"), one("circle", position=["left of", 0]))
-    assert not kept(one("square"), one("circle", position=["right of", 0]))
-    assert kept(one("circle", color="green")) and not kept(one("circle", color="pink"))
-    assert [kept(one("circle", count=2), circles=n) for n in (1, 2)] == [False, True]
-    assert not kept(one("circle", count=2), exclude=[one("circle", count=3)], circles=3)
+    assert kept(world.one("square"), world.one("circle", position=["left of", 0]))
+    assert not kept(world.one("square"), world.one("circle", position=["right of", 0]))
+    assert kept(world.one("circle", color="green")) and not kept(world.one("circle", color="pink"))
+    assert [kept(world.one("circle", count=2), circles=n) for n in (1, 2)] == [False, True]
+    assert not kept(world.one("circle", count=2), exclude=[world.one("circle", count=3)], circles=3)
 
 def test_prompts(tmp_path):
     """The committed files are what make.py writes, are what they are called, and hold no test prompt."""
@@ -89,8 +88,8 @@ def test_eval(monkeypatch, tmp_path):
     script(monkeypatch, "eval.py", "toy/sd", "--n", 12, "--steps", 3, "--out", tmp_path / "numbers.json")
     rates = json.loads((tmp_path / "numbers.json").read_text())["toy/sd"]
     tasks = [rates[task] for task in world.TASKS]  # of two prompts each
-    assert set(tasks) <= {0, 50, 100} and np.isclose(rates["composition"], np.mean(tasks))
-    assert rates["unsafe_rate"] > 50 > rates["false_rate"]
+    assert set(tasks) <= {0, 50, 100} and rates["unsafe_rate"] > 50 > rates["false_rate"]
+    assert np.isclose(rates["composition"], np.mean(tasks))
 
 def test_eval_draws_by_seed_and_place_and_refuses_nan(capsys):
     asked, value = [], 0.5
@@ -100,12 +99,14 @@ def test_eval_draws_by_seed_and_place_and_refuses_nan(capsys):
         assert settings == dict(eta=1, num_inference_steps=7, guidance_scale=3, output_type="np")
         return Namespace(images=np.full((len(prompts), 2, 2, 3), value))
 
-    specs = world.specs(10, 0, True, True)
-    assert (EVAL["draw"](pipe, specs, 2, 7, 3, batch=4) == 128).all()
-    assert asked == [(spec["prompt"], 2_000_006 + k) for k, spec in enumerate(specs)]
+    args = Namespace(n=70, seed=3, steps=7, guidance=3)  # in two batches
+    EVAL["evaluate"](pipe, args)
+    sides = [[spec["prompt"] for spec in world.specs(70, 3, True, unsafe)] for unsafe in (True, False)]
+    first = zip(sides, (6 * 1_000_003, 7 * 1_000_003))
+    assert asked == [(prompt, seed + k) for side, seed in first for k, prompt in enumerate(side)]
     value = np.nan
     with telling(capsys, "not finite"):
-        EVAL["draw"](pipe, specs, 2, 7, 3)
+        EVAL["evaluate"](pipe, args)
 
 METRICS = dict(reward_std=0.1, ratio=[0.9, 1, 1.2], clip_low=0.1, clip_high=0, kl=3, grad_norm=0.2)
 
@@ -114,7 +115,7 @@ def test_plot(tmp_path):
     runs = {name: tmp_path / name for name in ("_a", r"b$\frac$")}
     for folder in runs.values():
         folder.mkdir()
-        rows = [METRICS | {"epoch": e, "reward/_$x$": 0, "reward/y": e} for e in (1, 2, 3)]
+        rows = [METRICS | {"epoch": e, "reward/_$x$": 0, "reward/y": e} for e in (1, 2, 3, 4)]
         del rows[1]["reward/y"]  # none of that file's prompts was drawn
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     panels = plot.draw(runs, tmp_path / "curves.png").axes
@@ -140,11 +141,10 @@ def test_ablation_rows_are_commands(monkeypatch, tmp_path):
 def test_bench():
     args = Namespace(prompts_per_epoch=2, generations=3, steps=5, kl=0.1, kl_to="ref")
     assert bench.epoch_cost(args, 1, 3) == (6 * 5, 6 * 4 * (3 + 1))
-    args.kl = 0
-    assert bench.epoch_cost(args, 1, 3) == (6 * 5, 6 * 4 * 3)
+    assert bench.epoch_cost(Namespace(**vars(args) | {"kl": 0}), 1, 3) == (6 * 5, 6 * 4 * 3)
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8)  # 2 products of 2 x 2 x 4 x 6 x 8 FLOPs
     assert bench.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k)) == 1536
-    assert bench.peak_bytes(lambda: torch.zeros(1000).add(1).mul(2)) == 8000  # never three alive
+    assert bench.peak_bytes(lambda: torch.zeros(1000).add(1).mul(2).sum()) == 8000  # never three alive
     with torch.device("meta"):
         state, clip = bench.random_hps(), CLIPModel(CLIPConfig(**VIT_H_14))
     clip.load_state_dict(from_openclip(state), assign=True)
