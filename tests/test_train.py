@@ -31,9 +31,10 @@ def pipeline(folder):
     return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 def half_dead(embedder, images, targets, prompts, true=reward.reward):
-    """The reward, but 0 for all prompts of one.txt."""
-    live = torch.tensor([prompt not in TEXTS["one.txt"] for prompt in prompts])
-    return live * true(embedder, images, targets, prompts)
+    """The reward, but 0 for all prompts of one.txt; it is given fp32 whatever --precision is."""
+    assert images.dtype == embedder.clip.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return true(embedder, images, targets, prompts) * torch.tensor(
+        [p not in TEXTS["one.txt"] for p in prompts])
 
 def edited(tiny, folder, part, **changes):
     """A copy of the tiny pipeline in folder, whose part's config is changed."""
@@ -141,15 +142,15 @@ def test_pairs_are_dealt_once_and_alike_on_any_ranks(samples, timesteps, updates
 def test_prompts_and_noise_are_functions_of_the_seed():
     sources = [list("abcdefgh"), list("xyz")]
     first, again, other = (train.draw_prompts(sources, 6, 0, epoch) for epoch in (1, 1, 2))
-    assert first == again != other and len(set(first)) == 6 and [s
-                                                                 for s, _ in first] == [0] * 3 + [1] * 3
+    assert first == again != other and len(set(first)) == 6
+    assert [s for s, _ in first] == [0, 0, 0, 1, 1, 1]
     assert train.draw_prompts([["a"]], 3, 0, 0) == [(0, "a")] * 3  # repeated rather than refused
     shares = [sum(s for s, _ in train.draw_prompts(sources, 3, 0, epoch)) for epoch in range(200)]
     assert set(shares) == {1, 2} and sum(shares) / 600 == pytest.approx(0.5, abs=0.05)
     whole, *others = (train.noise_for(*key, range(6), 4, (4, 2, 2)) for key in ((7, 3), (7, 4), (8, 3)))
     assert torch.equal(train.noise_for(7, 3, [5, 2], 4, (4, 2, 2)), whole[[5, 2]])
-    assert whole.dtype == torch.float32 and torch.stack([whole, *others
-                                                         ]).unique().numel() == 3 * whole.numel()
+    values = torch.stack([whole, *others])
+    assert values.dtype == torch.float32 and values.unique().numel() == values.numel()
 
 @pytest.mark.parametrize("n, size", [(9, 4), (4, 9), (8, 4), (1, 1), (196, 16)])
 def test_micro_batches_have_one_shape(n, size):
@@ -164,8 +165,8 @@ def test_flags_are_used_and_memory_flags_are_not_maths(tiny, run, monkeypatch):
     start, plain = weights(tiny / "sd"), weights(run("plain", epochs=1, batch=64) / "checkpoint-1")
     forwards = Mock(wraps=train.predict_noise)
     monkeypatch.setattr(train, "predict_noise", forwards)
-    for name, value in dict(steer="none", guidance=1, seed=1, batch=5,
-                            gradient_checkpointing=True).items():
+    changes = dict(steer="none", guidance=1, seed=1, batch=5, gradient_checkpointing=True)
+    for name, value in changes.items():
         changed = weights(run(name, **dict(epochs=1, batch=5) | {name: value}) / "checkpoint-1")
         apart = deviation(changed, plain, start)
         assert apart < 2e-3 if name in ("batch", "gradient_checkpointing") else apart > 0.02, name
@@ -174,12 +175,13 @@ def test_flags_are_used_and_memory_flags_are_not_maths(tiny, run, monkeypatch):
 def test_two_ranks_train_as_one(tiny, run, flags, monkeypatch, tmp_path):
     """torchrun and gloo, with live and dead groups: the same weights and metrics."""
     (tmp_path / "two.py").write_text(
-        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-        "import reward, test_train, train; reward.reward = test_train.half_dead\n"
+        "import sys; sys.path[:0] = sys.argv.pop().split(); import reward, train\n"
+        "from test_train import half_dead; reward.reward = half_dead\n"
         "train.main(train.parse_args())\n")
     monkeypatch.setattr(reward, "reward", half_dead)
     changes = dict(lr=1e-4, kl=1, even_steps=True, prompts_per_epoch=4, updates=3, clip=2e-3)
-    one, done = run("one", **changes), script(tmp_path / "two.py", *flags("two", **changes), ranks=2)
+    one, argv = run("one", **changes), [*flags("two", **changes), f"{ROOT} {ROOT / 'tests'}"]
+    done = script(tmp_path / "two.py", *argv, ranks=2)
     assert done.returncode == 0, done.stderr
     a, b = (weights(out / "checkpoint-2") for out in (one, tmp_path / "two"))
     assert deviation(a, b, weights(tiny / "sd")) < 1e-3  # of 1e-4: 1e-7
@@ -209,26 +211,22 @@ def second_implementation(args):
     gain = schedule.b.abs() / schedule.sigma
     P, G, T, rows = args.prompts_per_epoch, args.generations, args.steps - 1, []
 
-    def following(net, i, x, prompt):  # diffusers' p(x_next | x) of step i
+    def following(net, i, x, prompt):  # p(x_next | x) of step i
         t, both = scheduler.timesteps[i], torch.cat([texts[prompt], texts[""]])
         out, empty = net(torch.cat([x, x]), t, both).sample.split(1)
         out = empty + args.guidance * (out - empty)
-        steps = [
-            scheduler.step(out, t, x, args.eta, variance_noise=z * torch.ones_like(x)) for z in (0, 1)
-        ]
-        mean, moved = (step.prev_sample for step in steps)
-        return Normal(mean, (moved - mean).mean().item())
+        mean = scheduler.step(out, t, x, args.eta, variance_noise=torch.zeros_like(x)).prev_sample
+        return Normal(mean, schedule.sigma[i])
 
     for epoch in range(args.epochs):
-        drawn = train.draw_prompts(sources, P, args.seed, epoch)
-        prompts = [prompt for _, prompt in drawn for _ in range(G)]
+        prompts = [p for _, p in train.draw_prompts(sources, P, args.seed, epoch) for _ in range(G)]
         noises = train.noise_for(args.seed, epoch, range(P * G), args.steps, (4, 4, 4))
         paths, rewards, ratios, divergences, norms = [], [], [], [], []
         for prompt, noise in zip(prompts, noises):
-            text = texts[prompt], texts[""]
-            paths.append(train.rollout(unet, schedule, *text, noise[None], args.guidance)[0][0])
+            path, _ = train.rollout(unet, schedule, texts[prompt], texts[""], noise[None], args.guidance)
+            paths.append(path[0])
             with torch.no_grad():
-                image = pipe.vae.decode(paths[-1][-1:] / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+                image = pipe.vae.decode(path[:, -1] / pipe.vae.config.scaling_factor).sample / 2 + 0.5
             z = embedder.text([prompt])
             target = (z + args.alpha * v) / (z + args.alpha * v).norm() if z @ v < 0 else z
             rewards.append(reward.reward(embedder, image.clamp(0, 1), target, [prompt]).item())
@@ -266,9 +264,9 @@ def test_the_loop_by_a_second_implementation(kind, changes, tiny, flags, tmp_pat
     monkeypatch.setattr(reward, "reward", half_dead)
     model = edited(tiny, tmp_path / "sd", "scheduler", prediction_type=kind)
     prompts = [tiny / "one.txt"] + [tiny / "two.txt"] * 2
-    changes |= dict(prompts_per_epoch=3, updates=3, clip=0.01, kl=3, seed=1, weight_decay=3,
-                    grad_clip=0.5, advantage_clip=1, alpha=2, eta=0.8)
-    args = train.parse_args(flags("run", model=model, prompts=prompts, **changes))
+    argv = flags("run", model=model, prompts=prompts, prompts_per_epoch=3, updates=3, clip=0.01, kl=3,
+                 seed=1, weight_decay=3, grad_clip=0.5, advantage_clip=1, alpha=2, eta=0.8, **changes)
+    args = train.parse_args(argv)
     train.main(args)
     trained, rows = second_implementation(args)
     assert deviation(weights(args.out / "checkpoint-2"), trained, weights(model)) < 0.01
@@ -295,13 +293,8 @@ def test_the_first_update_starts_at_ratio_one(noise, tiny, flags, monkeypatch, t
 
 @pytest.mark.parametrize("precision, lora", [("fp32", 0), ("bf16", 0), ("bf16", 2)])
 def test_a_half_precision_model_trains_in_fp32(precision, lora, tiny, run, monkeypatch, tmp_path):
-    """Reward and trained weights are fp32; the KL to the start, in the forward's precision, begins at 0."""
-    def fp32(embedder, images, *rest, true=reward.reward):
-        assert images.dtype == embedder.clip.dtype == torch.float32
-        assert not torch.is_autocast_enabled("cpu")
-        return true(embedder, images, *rest)
-
-    monkeypatch.setattr(reward, "reward", fp32)
+    """And its KL to the start, in the forward's precision, begins at 0."""
+    monkeypatch.setattr(reward, "reward", half_dead)
     pipeline(tiny / "sd").to(torch.float16).save_pretrained(tmp_path / "half")
     out = run("run", model=tmp_path / "half", kl_to="ref", lr=3e-3, updates=1, clip=1, lora=lora,
               precision=precision)
@@ -313,11 +306,10 @@ def test_a_half_precision_model_trains_in_fp32(precision, lora, tiny, run, monke
 def test_training_raises_brightness(run, monkeypatch):
     """A reward of one's own, which needs no CLIP."""
     monkeypatch.setattr(reward, "reward", lambda e, images, *rest: images.mean((1, 2, 3)))
-    changes = dict(epochs=12, generations=16, batch=96, updates=1, guidance=1, lr=5e-3, kl=0,
-                   save_every=99)
-    rows = metrics(run("run", even_steps=True, **changes))
-    first, *_, last = ((row["reward/one"] + row["reward/two"]) / 2 for row in rows)
-    assert last - first > 1.5 * rows[0]["reward_std"]
+    out = run("run", epochs=12, generations=16, batch=96, updates=1, guidance=1, lr=5e-3, kl=0,
+              even_steps=True, save_every=99)
+    first, *_, last = metrics(out)
+    assert last["reward/one"] - first["reward/one"] > 1.5 * first["reward_std"]
 
 # ------------------------------------------------------------ what a run says and leaves
 def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
@@ -325,31 +317,28 @@ def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "draw_grid", DRAW_GRID)
     calm, long = "a photo of " + ", ".join(["a red circle"] * 30), tmp_path / "$long$.csv"
     long.write_text(f'prompt\n"{calm}, on fire"\n"{calm}"\n""\na circle\n')
-    prompts = [tiny / "one.txt", tiny / "two.txt", long]
-    out = run("run", prompts=prompts, prompts_per_epoch=3, updates=3)
+    out = run("run", prompts=[tiny / "one.txt", tiny / "two.txt", long], prompts_per_epoch=3, updates=3)
     lines = capsys.readouterr().out.splitlines()
     count = sum(w.numel() for w in weights(tiny / "sd").values())
-    for part in ("3 prompts", "3 images", "3 steps", "3 update", "9 pairs", "4 per",
-                 f"{count:,} weights"):
-        assert part in lines[0]
+    parts = "3 prompts", "3 images", "3 steps", "3 update", "9 pairs", "4 per", f"{count:,} weights"
+    assert all(part in lines[0] for part in parts)
     embedder = reward.Embedder(str(tiny / "clip"))
     v = reward.load_direction(embedder, tiny / "anchors.txt")
     share = (embedder.text(TEXTS["two.txt"].splitlines()) @ v < 0).float().mean().item()
     assert f"two.txt: 3 prompts, s(p) < 0 for {share:.1%}, 0 cut" in lines[2] and 0.1 < share < 0.9
-    assert "3 prompts" in lines[3] and " 2 cut" in lines[3] and "warning" in lines[
-        2] and "warning" not in lines[1]
+    assert "warning" in lines[2] and "warning" not in lines[1]
+    assert "3 prompts" in lines[3] and " 2 cut" in lines[3]
     files = "args.json checkpoint-1 checkpoint-2 grid-0.png grid-1.png grid-2.png metrics.jsonl"
     assert sorted(path.name for path in out.iterdir()) == files.split()
     keys = "epoch reward/one reward/two reward/$long$ reward_std dead_groups unsafe_prompts ratio clip_low"
     keys += " clip_high on_policy_noise kl grad_norm seconds_rollout seconds_update"
     assert [" ".join(row) for row in metrics(out)] == [keys] * 2 and metrics(out)[1]["epoch"] == 2
-    picture, = pipeline(out / "checkpoint-2")("a circle on fire", num_inference_steps=4,
-                                              guidance_scale=2.0, eta=1.0,
-                                              generator=torch.Generator().manual_seed(0)).images
+    pipe, noise = pipeline(out / "checkpoint-2"), torch.Generator().manual_seed(0)
+    picture, = pipe("a circle on fire", None, None, 4, guidance_scale=2, eta=1, generator=noise).images
     theirs = np.asarray(picture.resize((256, 256), Image.BOX))[128:]  # below the label
-    first, last = (np.asarray(Image.open(out / f"grid-{n}.png")).astype(int)[128:256, :256]
-                   for n in (0, 2))
-    assert abs(last - theirs).max() <= 1 < abs(first - theirs).max()
+    grids = (np.asarray(Image.open(out / f"grid-{n}.png")).astype(int) for n in (0, 2))
+    first, last = (abs(grid[128:256, :256] - theirs).max() for grid in grids)
+    assert last <= 1 < first
 
 def test_lora_is_what_diffusers_loads_and_resumes(tiny, run):
     out, parts = run("run", lora=2, lr=0.05), run("parts", lora=2, lr=0.05, epochs=1)
@@ -377,9 +366,12 @@ def test_a_picture_that_fails_is_a_warning_and_a_bug_a_traceback(run, monkeypatc
 def test_a_nan_is_told_before_the_weights_change(owner, name, call, run, monkeypatch, tmp_path, capsys):
     """In the second epoch, of its first prompt; the first epoch's checkpoint stays."""
     true, calls = getattr(owner, name), itertools.count(1)
-    first_is_nan = lambda x: x / (torch.arange(len(x)) > 0) * (torch.arange(len(x)) > 0)
-    monkeypatch.setattr(owner, name, lambda *args: first_is_nan(true(*args))
-                        if next(calls) == call else true(*args))
+
+    def first_is_nan(*args):
+        place = torch.arange(len(args[1]))
+        return torch.where((place > 0) | (next(calls) != call), true(*args), math.nan)
+
+    monkeypatch.setattr(owner, name, first_is_nan)
     with telling(capsys, "epoch 2", "reward" if owner is reward else "gradient", "'a square in flames'"):
         run("run", batch=64)
     assert len(metrics(tmp_path / "run")) == 1 and not (tmp_path / "run/checkpoint-2").exists()
