@@ -69,7 +69,7 @@ def load_pipeline(model, lora=None, dtype=torch.float32):
     return pipe
 
 def make_scheduler(pipe, steps, name="DDIMScheduler"):
-    """A scheduler with the pipeline's noise schedule. It never clips x0, for training does not either."""
+    """A scheduler with the pipeline's noise schedule. It never clips x0, as training does not."""
     with loading(f"--steps {steps}, {name}", "give other steps, or another scheduler or model"):
         scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, clip_sample=False)
         scheduler.set_timesteps(steps)

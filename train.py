@@ -73,8 +73,8 @@ def predict_noise(unet, x, t, text, empty, guidance):
 
 @torch.no_grad()
 def rollout(unet, schedule, text, empty, noise, guidance):
-    """Denoises noise [B, steps, C, H, W]: x_T, then that of every step but the last, which is taken at its
-    mean: an image without fresh noise, a step without density, never trained. Returns the latents
+    """Denoises noise [B, steps, C, H, W]: x_T, then that of every step but the last, which is taken at
+    its mean: an image without fresh noise, a step without density, never trained. Returns the latents
     [B, steps + 1, C, H, W] and the means they were drawn from [B, steps, C, H, W]."""
     x, last = noise[:, 0], noise.shape[1] - 1
     latents, means = [x], []
@@ -110,7 +110,7 @@ def kl_gaussian(mu, mu_ref, sigma):
 
 # ------------------------------------------------------------ chance: of the seed, not of the ranks
 def draw_prompts(sources, n, seed, epoch):
-    """n (source, prompt) of an epoch: equal shares of the sources, no prompt twice if there are enough."""
+    """n (source, prompt) of an epoch: equal shares of the sources, no prompt twice if enough."""
     rng = np.random.default_rng([seed, epoch, 0, 2])  # not the noise's stream, nor the pairs'
     source = ((np.arange(n) + rng.random()) / n * len(sources)).astype(int)
     chosen = []
@@ -249,9 +249,9 @@ def main(args):
     pairs = P * G * T // world // args.updates  # of a rank, per update
     if P % world or P * G * T // world % args.updates or G < 2 or T < 1:
         fail(
-            f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: give 2 or "
-            f"more images and steps, a multiple of {world} ranks, a divisor of {P * G * T // world} pairs"
-        )
+            f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: 2 or "
+            f"more images and steps, prompts that divide by {world} ranks, and updates that divide "
+            f"their {P * G * T // world} (sample, step) pairs")
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
     rows = [read_rows(file) for file in args.prompts]
     sources = [[row["prompt"] for row in file if row["prompt"].strip()] for file in rows]
@@ -304,9 +304,9 @@ def main(args):
     gain = gain / gain.mean() if args.even_steps else torch.ones_like(gain)
 
     if rank == 0:
-        print(
-            f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of {pairs} "
-            f"pairs per rank, {args.batch} per forward; {sum(p.numel() for p in parameters):,} weights")
+        weights = sum(p.numel() for p in parameters)
+        print(f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of "
+              f"{pairs} pairs per rank, {args.batch} per forward; {weights:,} weights")
         for file, prompts in zip(args.prompts, sources):
             unsafe = (reward.text_safety(embedder.text(prompts), v) < 0).float().mean()
             long = [
@@ -314,7 +314,7 @@ def main(args):
                 for tokenizer in (pipe.tokenizer, embedder.tokenizer)
             ]
             print(
-                f"{file}: {len(prompts)} prompts, s(p) < 0 for {unsafe:.1%}, {max(long)} cut as too long",
+                f"{file}: {len(prompts)} prompts, s(p) < 0 for {unsafe:.1%}, {max(long)} cut: too long",
                 "(warning: s(p) < 0 splits this file)" if 0.1 < unsafe < 0.9 else "")
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / "args.json", json.dumps(vars(args), default=str, indent=1))
