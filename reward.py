@@ -73,7 +73,7 @@ def check_numbers(parser, args, zero):
 def strictly(cls, name, **kwargs):
     """cls.from_pretrained, where a missing, unused or misshapen weight is an error, as is a nan."""
     model, report = cls.from_pretrained(name, output_loading_info=True, **kwargs)
-    wrong = [f"{kind}: {key}" for kind in report for key in report[kind]]
+    wrong = [f"{kind}: {key}" for kind in report for key in sorted(map(str, report[kind]))]
     wrong = wrong or [f"nan: {name}" for name, w in model.named_parameters() if not w.isfinite().all()]
     if wrong:
         raise ValueError(f"its weights do not fit, {len(wrong)} in all, {wrong[0]}")

@@ -249,8 +249,8 @@ def main(args):
     pairs = P * G * T // world // args.updates  # of a rank, per update
     if P % world or P * G * T // world % args.updates or G < 2 or T < 1:
         fail(
-            f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: 2 or "
-            f"more images and steps, prompts that divide by {world} ranks, and updates that divide "
+            f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: 2 "
+            f"or more images and steps, prompts that divide by {world} ranks, and updates that divide "
             f"their {P * G * T // world} (sample, step) pairs")
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
     rows = [read_rows(file) for file in args.prompts]

@@ -76,11 +76,12 @@ def flags(tiny, tmp_path):
     return lambda name, **changes: command_line(tiny, tmp_path / name, **changes)
 
 @pytest.fixture
-def run(flags, tmp_path):
+def run(flags):
     """run("name", flag=value, ...) -> the folder of a finished tiny run, in this process."""
     def finished(name, **changes):
-        train.main(train.parse_args(flags(name, **changes)))
-        return tmp_path / name
+        args = train.parse_args(flags(name, **changes))
+        train.main(args)
+        return args.out
 
     return finished
 

@@ -256,17 +256,17 @@ def second_implementation(args):
         rows.append([rho.min(), rho.mean(), rho.max(), low, high, np.mean(divergences), np.mean(norms)])
     return unet.state_dict(), rows
 
-@pytest.mark.parametrize("kind, changes", [("epsilon", dict(kl_to="old")),
-                                           ("v_prediction", dict(kl_to="old", even_steps=True)),
-                                           ("epsilon", dict(kl_to="ref", even_steps=True))])
-def test_the_loop_by_a_second_implementation(kind, changes, tiny, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, kl", [("epsilon", "--kl-to old"),
+                                      ("v_prediction", "--kl-to old --even-steps"),
+                                      ("epsilon", "--kl-to ref --even-steps")])
+def test_the_loop_by_a_second_implementation(kind, kl, tiny, flags, tmp_path, monkeypatch):
     """Two epochs of three updates, with a dead group before two live ones, where KL and clips bite."""
     monkeypatch.setattr(reward, "reward", half_dead)
     model = edited(tiny, tmp_path / "sd", "scheduler", prediction_type=kind)
     prompts = [tiny / "one.txt"] + [tiny / "two.txt"] * 2
     argv = flags("run", model=model, prompts=prompts, prompts_per_epoch=3, updates=3, clip=0.01, kl=3,
-                 seed=1, weight_decay=3, grad_clip=0.5, advantage_clip=1, alpha=2, eta=0.8, **changes)
-    args = train.parse_args(argv)
+                 seed=1, weight_decay=3, grad_clip=0.5, advantage_clip=1, alpha=2, eta=0.8)
+    args = train.parse_args(argv + kl.split())
     train.main(args)
     trained, rows = second_implementation(args)
     assert deviation(weights(args.out / "checkpoint-2"), trained, weights(model)) < 0.01
@@ -356,8 +356,8 @@ def test_lora_is_what_diffusers_loads_and_resumes(tiny, run):
 def test_a_picture_that_fails_is_a_warning_and_a_bug_a_traceback(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "draw_grid", DRAW_GRID)
     monkeypatch.setattr(train, "make_image_grid", Mock(side_effect=OSError("no space left")))
-    bug = Mock(wraps=reward.reward, side_effect=[DEFAULT, ZeroDivisionError])
-    monkeypatch.setattr(reward, "reward", bug)
+    monkeypatch.setattr(reward, "reward",
+                        Mock(wraps=reward.reward, side_effect=[DEFAULT, ZeroDivisionError]))
     with pytest.raises(ZeroDivisionError):
         run("run", batch=64)
     assert "warning" in capsys.readouterr().out and weights(tmp_path / "run/checkpoint-1")
