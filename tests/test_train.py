@@ -500,5 +500,5 @@ def test_bad_flags_and_files_are_told(flag, bad, flags, tmp_path, monkeypatch, c
 
 def test_a_script_tells_too(bad, flags, tmp_path):
     """As a user starts it: nothing that an import prints drowns the line."""
-    told(script("train.py", *flags("run", model=bad / "key")), f"--model {bad / 'key'}", ".weight")
+    told(script("train.py", *flags("run", model=bad / "key")), f"--model {bad / 'key'}", "missing_keys")
     assert not (tmp_path / "run").exists()
