@@ -72,7 +72,8 @@ def check_numbers(parser, args, zero):
 # ------------------------------------------------------------ the frozen CLIP
 def strictly(cls, name, **kwargs):
     """cls.from_pretrained, where a missing, unused or misshapen weight is an error, as is a nan."""
-    model, report = cls.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, report = cls.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True,
+                                        **kwargs)
     wrong = [f"{kind}: {key}" for kind in report for key in sorted(map(str, report[kind]))]
     wrong = wrong or [f"nan: {name}" for name, w in model.named_parameters() if not w.isfinite().all()]
     if wrong:
@@ -119,7 +120,8 @@ def load_direction(embedder, path):
     with loading(f"--anchors {path}", "its lines are '+ safe phrase', '- unsafe phrase', '# comment'"):
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
         safe, unsafe = ([line[1:].strip() for line in lines if line.startswith(sign)] for sign in "+-")
-        if not unsafe or set(safe) & set(unsafe) or not all(line[:1] in "+-#" for line in lines):
+        known = all(line[:1] in "+-#" for line in lines) and all(safe + unsafe)
+        if not unsafe or set(safe) & set(unsafe) or not known:
             raise ValueError("it has no unsafe phrase, one that is safe too, or a line of another kind")
     z = embedder.text(safe + unsafe)  # [S + U, D]
     return safety_direction(z[:len(safe)], z[len(safe):])
@@ -171,11 +173,12 @@ if __name__ == "__main__":
     check_numbers(parser, args, zero="alpha")
     embedder = Embedder(args.reward)
     v = load_direction(embedder, args.anchors)
-    with loading("prompts or --images"):
+    with loading("--images"):
         images = [embedder.pictures([Image.open(file)])[0] for file in args.images]
-        texts = [Path(p).read_text("utf-8-sig") if p.endswith(".txt") else p for p in args.prompts]
-    for prompt, text in zip(args.prompts, texts):
-        z = embedder.text(filter(str.strip, text.splitlines()))
+    for prompt in args.prompts:
+        with loading(prompt, "give prompts, or .txt files of them"):
+            text = Path(prompt).read_text("utf-8-sig") if prompt.endswith(".txt") else prompt
+            z = embedder.text(filter(str.strip, text.splitlines()))  # [B, D]
         s, targets = text_safety(z, v), steered_targets(z, v, args.alpha)  # [B], [B, D]
         rewards = "".join(f" {(targets @ z).mean():+.3f}" for z in images)
         print(f"s(p) {s.mean():+.3f}, below 0: {(s < 0).float().mean():.1%}, rewards{rewards}  {prompt}")

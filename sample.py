@@ -113,7 +113,7 @@ if __name__ == "__main__":
     jobs = {}  # file name: guidance, width, height, seed, prompt
     for i, row in enumerate(read_rows(args.prompts, args.column)):
         case = row["case_number"]
-        with loading(f"{args.prompts}, case {case}", "mend that row"):
+        with loading(f"{args.prompts}, case {case}, --seed or --guidance", "mend that row"):
             seed = int(own(row, args.seed + i * args.per_prompt, "evaluation_seed", "sd_seed"))
             guidance = float(own(row, args.guidance, "evaluation_guidance", "sd_guidance_scale"))
             width, height = (int(own(row, 0, f"sd_image_{side}")) for side in ("width", "height"))
@@ -121,7 +121,8 @@ if __name__ == "__main__":
                     and height >= 0 == height % 8):
                 raise ValueError(
                     f"seed {seed}, guidance {guidance} or size {width} x {height} is out of range")
-            if f"{case}_0.png" in jobs or Path(case).name != case:
+            named = Path(case).name == case and case.isprintable() and len(case) < 200
+            if f"{case}_0.png" in jobs or not named:
                 raise ValueError("its case_number is not a file name of its own")
         for k in range(args.per_prompt):
             jobs[f"{case}_{k}.png"] = guidance, width, height, seed + k, row["prompt"]
@@ -131,7 +132,7 @@ if __name__ == "__main__":
     record = args.out / "settings.json"
     with loading(f"--out {args.out}", "give another folder"):
         made = json.loads(record.read_text()) if record.exists() else None
-        if made != settings and (made or any(args.out.glob("*"))):
+        if made != settings and args.out.exists() and {*args.out.iterdir()} - {record}:
             raise ValueError("what is there was made with other settings or prompts")
 
     rank, world, device = rank_and_device()

@@ -1,78 +1,68 @@
-"""prompts/: the committed files are what make.py writes, hold what they promise, and leave GenEval's tests out."""
+"""prompts/: the files are what make.py writes, say what they may, leave GenEval's tests out."""
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+import runpy
 
 import pytest
 
-from prompts.make import NOUNS
+from conftest import ROOT, telling
 
-FOLDER = Path(__file__).parents[1] / "prompts"
-FILES = {"nudity": 600, "compositional": 2000, "benign": 300}  # and the least number of prompts
-NEVER = set(
-    """child children kid kids girl girls boy boys teen teens teenager young younger youth minor minors baby
-school schoolgirl student little petite sex sexual sexy porn erotic intercourse oral fetish bondage kissing aroused
-spread legs bending kneeling lying hardcore""".split())
+FILES = {
+    "nudity": 660, "benign": 420, "compositional": 2068, "anchors/compact": 8, "anchors/scaled": 45,
+    "anchors/unsafe-only": 3
+}  # and the number of lines
+NEVER = """child children kid kids girl girls boy boys teen teens young younger youth minor minors baby
+schoolgirl student daughter little petite barely sex sexual sexy porn erotic oral
+fetish bondage aroused spread legs bending kneeling lying""".split()
 
-def read(name, folder=FOLDER):
-    return (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+def read(name, folder=ROOT / "prompts"):
+    return (folder / f"{name}.txt").read_text("utf-8").splitlines()
 
-def words(prompt):
-    return set(re.findall(r"[a-z0-9-]+", prompt.lower()))
+def words(text):
+    return set(re.findall(r"[a-z0-9-]+", text.lower()))
 
-def make(out, text):
-    """make.py's run when GenEval's metadata file is `text`."""
-    out.mkdir()
-    (out / "metadata.jsonl").write_text(text)
-    command = [sys.executable, FOLDER / "make.py", "--geneval", out / "metadata.jsonl", "--out", out]
-    return subprocess.run(command, capture_output=True, text=True)
+def row(prompt):
+    return json.dumps({"prompt": prompt})
 
-def test_committed_files_are_what_make_writes(tmp_path):
-    """GenEval's file is not ours to ship: what it took out is the difference to a run that drops nothing, and a
-    run that is told to drop just those writes the committed file again."""
-    tested = [json.dumps({"prompt": "a prompt that names no scene of ours"})]
-    assert make(tmp_path / "all", tested[0]).returncode == 0
-    gone = set(read("compositional", tmp_path / "all")) - set(read("compositional"))
-    assert 20 < len(gone) < 400
-    make(tmp_path / "again", "\n".join(json.dumps({"prompt": prompt}) for prompt in sorted(gone)))
-    for name in FILES:
-        assert read(name) == read(name, tmp_path / "again")
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make(line, ...) -> the folder that make.py writes, where GenEval's file has those lines."""
+    def made(*lines):
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines), "latin-1")
+        argv = f"make.py --geneval {tmp_path}/metadata.jsonl --out {tmp_path}"
+        monkeypatch.setattr("sys.argv", argv.split())
+        runpy.run_path(ROOT / "prompts/make.py", run_name="__main__")
+        return tmp_path
 
-def test_what_the_prompts_say():
-    for name, least in FILES.items():
-        prompts = read(name)
-        assert len(set(prompts)) == len(prompts) >= least
-        for prompt in prompts:
-            assert re.fullmatch(r"[a-z0-9][a-z0-9 ,'-]*[a-z0-9]",
-                                prompt) and not words(prompt) & NEVER, prompt
-    bare = {"nude", "naked", "topless", "unclothed", "undressed", "without"}
-    assert all(words(p) & bare and words(p) & {"adult", "adults"} for p in read("nudity"))
-    assert not any(words(p) & bare for p in read("benign"))
+    return made
 
-@pytest.mark.parametrize("ours, theirs", [("a photo of two benches", "a photo of two benchs"),
-                                          ("a photo of three people", "a photo of three persons"),
-                                          ("a photo of two sheep", "a photo of two sheeps")])
-def test_geneval_scenes_are_dropped_however_they_are_put(ours, theirs, tmp_path):
-    make(tmp_path / "all", '{"prompt": "none of ours"}')
-    make(tmp_path / "few", json.dumps({"prompt": theirs}))
-    assert set(read("compositional", tmp_path / "all")) - set(read("compositional",
-                                                                   tmp_path / "few")) == {ours}
-    assert len(set(NOUNS)) == 80
+def test_the_committed_files_are_what_make_writes(make):
+    """What GenEval's own file took out is missing; told to drop just that, it writes them again."""
+    gone = {*read("compositional", make(row("none of ours")))} - {*read("compositional")}
+    again = make(*map(row, gone))
+    assert 20 < len(gone) < 400 and all(read(name) == read(name, again) for name in [*FILES][:3])
 
-@pytest.mark.parametrize("name, safe, unsafe", [("compact", 5, 3), ("scaled", 25, 20),
-                                                ("unsafe-only", 0, 3)])
-def test_anchors(name, safe, unsafe):
-    lines = [
-        x for x in (FOLDER / "anchors" / f"{name}.txt").read_text().splitlines() if x and x[0] != "#"
-    ]
-    assert [sum(x[0] == sign for x in lines) for sign in "+-"] == [safe, unsafe]
-    assert not any(words(line) & NEVER for line in lines)
+@pytest.mark.parametrize("name", FILES)
+def test_what_the_files_say(name):
+    """Nudity of adults, and nobody bare elsewhere; no minors, no acts; a or an."""
+    lines = [line for line in read(name) if line and line[0] != "#"]
+    assert len(lines) == len({*lines}) == FILES[name]
+    assert not words(" ".join(lines)) & {*NEVER}
+    for line in lines:
+        assert re.fullmatch(r"([+-] )?[a-z0-9][a-z0-9 ,'-]*[a-z0-9]", line), line
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  ", line), line
+        bare = words(line) & {"nude", "naked", "topless", "unclothed", "undressed", "without"}
+        assert "/" in name or bool(bare) == (name == "nudity"), line
+        assert name != "nudity" or words(line) & {"adult", "adults"}, line
 
-@pytest.mark.parametrize("text",
-                         ["not json\n", '{"tag": "colors"}\n', '["a bench"]\n', '{"prompt": 7}\n', ""])
-def test_a_bad_geneval_file_is_told(text, tmp_path):
-    done = make(tmp_path / "out", text)
-    assert done.returncode == 2 and re.fullmatch(r"error: .*metadata.jsonl.*\n", done.stderr)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["metadata.jsonl"]
+def test_a_scene_of_geneval_is_dropped_however_it_is_put(make):
+    """Its plurals, the other order, the mirrored position, its words for a pair."""
+    cases = {
+        "two benches": "two benchs", "two pairs of skis": "two skises",
+        "a pair of red skis": "a red skis", "an apple left of a donut": "a donut right of an apple",
+        "a dining table and a sink": "a sink and a dining table",
+        "a black oven and a pair of orange skis": "an orange skis and a black oven"
+    }
+    ours = read("compositional", make(row("none of ours")))
+    kept = read("compositional", make(*(row(f"a photo of {theirs}") for theirs in cases.values())))
+    assert {*ours} - {*kept} == {f"a photo of {scene}" for scene in cases}
