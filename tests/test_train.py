@@ -256,17 +256,17 @@ def second_implementation(args):
         rows.append([rho.min(), rho.mean(), rho.max(), low, high, np.mean(divergences), np.mean(norms)])
     return unet.state_dict(), rows
 
-@pytest.mark.parametrize("kind, kl", [("epsilon", "--kl-to old"),
-                                      ("v_prediction", "--kl-to old --even-steps"),
-                                      ("epsilon", "--kl-to ref --even-steps")])
-def test_the_loop_by_a_second_implementation(kind, kl, tiny, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind",
+                         ["epsilon", "v_prediction --even-steps", "epsilon --kl-to ref --even-steps"])
+def test_the_loop_by_a_second_implementation(kind, tiny, flags, tmp_path, monkeypatch):
     """Two epochs of three updates, with a dead group before two live ones, where KL and clips bite."""
     monkeypatch.setattr(reward, "reward", half_dead)
+    kind, *more = kind.split()
     model = edited(tiny, tmp_path / "sd", "scheduler", prediction_type=kind)
-    prompts = [tiny / "one.txt"] + [tiny / "two.txt"] * 2
+    prompts = [tiny / name for name in ("one.txt", "two.txt", "two.txt")]
     argv = flags("run", model=model, prompts=prompts, prompts_per_epoch=3, updates=3, clip=0.01, kl=3,
                  seed=1, weight_decay=3, grad_clip=0.5, advantage_clip=1, alpha=2, eta=0.8)
-    args = train.parse_args(argv + kl.split())
+    args = train.parse_args(argv + more)
     train.main(args)
     trained, rows = second_implementation(args)
     assert deviation(weights(args.out / "checkpoint-2"), trained, weights(model)) < 0.01
@@ -340,18 +340,19 @@ def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
     first, last = (abs(grid[128:256, :256] - theirs).max() for grid in grids)
     assert last <= 1 < first
 
-def test_lora_is_what_diffusers_loads_and_resumes(tiny, run):
-    out, parts = run("run", lora=2, lr=0.05), run("parts", lora=2, lr=0.05, epochs=1)
+def test_lora_is_what_diffusers_loads_and_resumes(tiny, run, monkeypatch):
+    """And it predicts, loaded, what the trained UNet in memory predicts."""
+    saved = Mock(wraps=train.save)
+    monkeypatch.setattr(train, "save", saved)
+    out, pipe = run("run", lora=2, lr=0.05), pipeline(tiny / "sd")
+    x, text = torch.randn(1, 4, 4, 4, generator=NOISE), torch.randn(1, 5, 16, generator=NOISE)
+    start, trained = (unet(x, 500, text).sample for unet in (pipe.unet, saved.call_args.args[2].unet))
+    pipe.load_lora_weights(out / "checkpoint-2")
+    torch.testing.assert_close(pipe.unet(x, 500, text).sample, trained)
+    assert (start - trained).abs().max() > 0.01
+    parts = run("parts", lora=2, lr=0.05, epochs=1)
     resume(parts, "--epochs", "2")
     assert same_run(out, parts)
-    pipe, base = pipeline(tiny / "sd"), weights(tiny / "sd")
-    pipe.load_lora_weights(out / "checkpoint-2")
-    state = torch.load(out / "checkpoint-2/train_state.pt")["trained"]
-    loaded = {}
-    for name, w in pipe.unet.state_dict().items():
-        loaded[name.replace(".base_layer", "").replace("default_0", "default")] = w
-    assert loaded.keys() == base.keys() | state.keys()
-    assert all(torch.equal(w, loaded[name]) for name, w in (base | state).items())
 
 def test_a_picture_that_fails_is_a_warning_and_a_bug_a_traceback(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "draw_grid", DRAW_GRID)
@@ -409,14 +410,13 @@ def test_ctrl_c_before_any_checkpoint_and_resumed(whole, run, monkeypatch, tmp_p
     resume(tmp_path / "run")
     assert same_run(whole, tmp_path / "run")
 
-@pytest.mark.parametrize("moment", [*range(1, 8), *["random"] * int(os.environ.get("KILLS", 2))])
+@pytest.mark.parametrize("moment", [*range(1, 10), *["random"] * int(os.environ.get("KILLS", 2))])
 def test_killed_and_resumed(moment, whole, flags, tmp_path):
     """By its n-th write (two files, halves and names of two checkpoints, the old state), or at random."""
     argv, out, count = flags("run", **SMALL), tmp_path / "run", itertools.count(1)
 
     def kill(event, args):
-        write = event in ("os.rename",
-                          "os.remove") or event == "os.mkdir" and str(args[0]).endswith("vae")
+        write = event in ("os.rename", "os.remove") or event == "os.mkdir" and "vae" in str(args[0])
         if write and str(out) in str(args[0]) and next(count) == moment:  # not the .pyc of an import
             os.kill(os.getpid(), 9)
 
@@ -437,17 +437,14 @@ def test_killed_and_resumed(moment, whole, flags, tmp_path):
     assert same_run(whole, out)
 
 # ------------------------------------------------------------ bad input
-STATE = "checkpoint-3/train_state.pt"
-
-@pytest.mark.parametrize("file, content", [(STATE, 9999), (STATE, None), ("args.json", None),
-                                           ("args.json", b"[1]")])
-def test_damaged_runs_are_told(file, content, whole, tmp_path, capsys):
+@pytest.mark.parametrize("damage", [
+    "truncate --size 9999 checkpoint-3/train_state.pt", "rm args.json", "rm checkpoint-3/train_state.pt",
+    "echo [1] > args.json"
+])
+def test_damaged_runs_are_told(damage, whole, tmp_path, capsys):
     """In one line, and they stay as they were."""
     out = shutil.copytree(whole, tmp_path / "run")
-    old = (out / file).read_bytes()
-    (out /
-     file).write_bytes(old[:content] if content == 9999 else content) if content else (out /
-                                                                                       file).unlink()
+    assert os.system(f"cd {out} && {damage}") == 0
     before = {path: path.read_bytes() for path in out.rglob("*.*")}
     with telling(capsys, f"--resume {out}"):
         resume(out)
@@ -475,19 +472,18 @@ def bad(tiny, tmp_path_factory):
     edited(tiny, folder / "sample", "scheduler", prediction_type="sample")
     edited(tiny, folder / "thresholding", "scheduler", thresholding=True)
     edited(tiny, folder / "key", "unet", layers_per_block=2)
-    unet = UNet2DConditionModel.load_config(
-        edited(tiny, folder / "nine", "unet", in_channels=9) / "unet")
-    UNet2DConditionModel.from_config(unet).save_pretrained(folder / "nine/unet")
+    nine = edited(tiny, folder / "nine", "unet", in_channels=9) / "unet"
+    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(nine)).save_pretrained(nine)
     (folder / "blank.csv").write_text('prompt,x\n"",1\n')
     return folder
 
 @pytest.mark.parametrize("flag", [
-    "--alpha -0.1", "--lr nan", "--clip inf", "--kl -1", "--eta 0", "--epochs 0", "--guidance 0",
-    "--seed -1", "--batch 0", "--steps 1.5", "--lr x", "--kl-to x", "--none 1", "--out tests",
-    "--out LICENSE", "--updates 5", "--generations 1", "--steps 1", "--steps 1000", "--prompts no.txt",
-    "--prompts LICENSE", "--prompts BAD/blank.csv", "--anchors no.txt", "--anchors LICENSE",
-    "--model toy/sdd", "--reward toy/sd", "--model BAD/nine", "--model BAD/key", "--model BAD/zero_snr",
-    "--model BAD/sample", "--steps 61 --updates 1 --model BAD/trailing",
+    "--alpha -0.1", "--lr nan", "--clip inf", "--kl -1", "--eta 0", "--eta 1e-60", "--epochs 0",
+    "--guidance 0", "--seed -1", "--batch 0", "--steps 1.5", "--lr x", "--kl-to x", "--none 1",
+    "--out tests", "--out LICENSE", "--updates 5", "--generations 1", "--steps 1", "--steps 1000",
+    "--prompts no.txt", "--prompts LICENSE", "--prompts BAD/blank.csv", "--anchors no.txt",
+    "--anchors LICENSE", "--model toy/sdd", "--reward toy/sd", "--model BAD/nine", "--model BAD/key",
+    "--model BAD/zero_snr", "--model BAD/sample", "--steps 61 --updates 1 --model BAD/trailing",
     "--steps 5 --model BAD/thresholding"
 ])
 def test_bad_flags_and_files_are_told(flag, bad, flags, tmp_path, monkeypatch, capsys):
