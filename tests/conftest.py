@@ -1,4 +1,4 @@
-"""A tiny pipeline and CLIP of the true classes, and tiny runs on them: one thread, no network, no GPU."""
+"""A tiny pipeline and CLIP of the true classes, and tiny runs: one thread, no network, no GPU."""
 import json
 import os
 import re
@@ -92,7 +92,7 @@ def script(*argv, ranks=1):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 def told(done, *words):
-    """Bad input is told: exit code 2 and one line on stderr, which holds the words. A CompletedProcess."""
+    """Bad input is told: exit code 2 and one line on stderr that holds the words. done: its process."""
     lines = re.sub(r"[^\r\n]*%\|[^]]*\]", "", done.stderr).split("\n")  # without progress bars
     lines = [line.strip() for line in lines if line.strip()]
     assert done.returncode == 2 and len(lines) == 1, done.stderr

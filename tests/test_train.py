@@ -1,4 +1,4 @@
-"""train.py: equations against oracles, the loop against a slow second implementation, runs of a second."""
+"""train.py: equations against oracles, the loop against a slow second implementation, tiny runs."""
 import itertools
 import json
 import math
@@ -18,7 +18,8 @@ from torch.distributions import Normal, kl_divergence
 
 import reward
 import train
-from conftest import ROOT, SCHEDULE, TEXTS, command_line, metrics, same_run, script, telling, told, weights
+from conftest import (ROOT, SCHEDULE, TEXTS, command_line, metrics, same_run, script, telling, told,
+                      weights)
 
 NOISE = torch.Generator().manual_seed(0)
 DRAW_GRID = train.draw_grid
@@ -43,7 +44,7 @@ def edited(tiny, folder, part, **changes):
     return folder
 
 def deviation(a, b, start):
-    """The distance of two UNets, as a part of their way from the start. (Adam moves the few weights whose
+    """The distance of two UNets, as a part of their way from the start. (Adam moves a few weights, whose
     gradient is rounding alone by a whole lr: the largest difference says nothing.)"""
     between, way = (torch.cat([(a[k] - other[k]).flatten() for k in a]) for other in (b, start))
     return (between.norm() / way.norm()).item()
@@ -67,7 +68,7 @@ def test_ddim_step_is_diffusers(kind, spacing, alpha_one):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_rollout_is_repeated_by_training_and_by_the_pipeline(bf16, tiny):
-    """To the last bit: latents are fp32, each the mean plus the noise that it is scored with, the last the
+    """To the last bit: latents are fp32, each the mean plus the noise it is scored with, the last the
     mean. Without noise they are the pipeline's."""
     pipe, prompts = pipeline(tiny / "sd"), ["a circle", "on fire"]
     pipe.scheduler.set_timesteps(5)
@@ -90,7 +91,7 @@ def test_rollout_is_repeated_by_training_and_by_the_pipeline(bf16, tiny):
 
 # ------------------------------------------------------------ GRPO
 def test_advantages_by_hand():
-    """(1, 3): mean 2, std 1. Fifteen 0s and a 1: sqrt(15), clipped. No spread, or rounding alone: dead."""
+    """(1, 3): mean 2, std 1. Fifteen 0s and a 1: sqrt(15), clipped. No spread but rounding: dead."""
     advantages, live = train.group_advantages(torch.tensor([[1.0, 3], [0.3, 0.3 + 3e-8], [0.3, 0.3003]]),
                                               5.0)
     assert live.tolist() == [True, False, True] and not advantages[1].any()
@@ -198,7 +199,7 @@ def test_groups_that_do_not_split_over_ranks_are_told(run, monkeypatch, capsys):
 
 # ------------------------------------------------------------ the loop
 def second_implementation(args):
-    """The run of args, a pair at a time, with diffusers' step, torch's Normal, clip_grad_norm_ and AdamW:
+    """The run of args a pair at a time, with diffusers' step, torch's Normal, clip_grad_norm_, AdamW:
     the trained weights, and ratio, clip fractions, KL and gradient norm of each epoch."""
     pipe, frozen = pipeline(args.model), pipeline(args.model).unet
     unet, scheduler, embedder = pipe.unet, pipe.scheduler, reward.Embedder(args.reward)
@@ -276,7 +277,7 @@ def test_the_loop_by_a_second_implementation(kind, tiny, flags, tmp_path, monkey
 
 @pytest.mark.parametrize("noise", [0, 1e-3, 1])
 def test_the_first_update_starts_at_ratio_one(noise, tiny, flags, monkeypatch, tmp_path, capsys):
-    """Exactly, with dropout in the config, and if training differs from the rollout by rounding; not by more."""
+    """Exactly, with dropout in the config, and where training and rollout differ by rounding alone."""
     mean = train.ddim_mean
     monkeypatch.setattr(train, "ddim_mean", lambda *args: mean(*args) *
                         (1 + noise * torch.is_grad_enabled()))
@@ -330,8 +331,8 @@ def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
     assert "3 prompts" in lines[3] and " 2 cut" in lines[3]
     files = "args.json checkpoint-1 checkpoint-2 grid-0.png grid-1.png grid-2.png metrics.jsonl"
     assert sorted(path.name for path in out.iterdir()) == files.split()
-    keys = "epoch reward/one reward/two reward/$long$ reward_std dead_groups unsafe_prompts ratio clip_low"
-    keys += " clip_high on_policy_noise kl grad_norm seconds_rollout seconds_update"
+    keys = "epoch reward/one reward/two reward/$long$ reward_std dead_groups unsafe_prompts ratio"
+    keys += " clip_low clip_high on_policy_noise kl grad_norm seconds_rollout seconds_update"
     assert [" ".join(row) for row in metrics(out)] == [keys] * 2 and metrics(out)[1]["epoch"] == 2
     pipe, noise = pipeline(out / "checkpoint-2"), torch.Generator().manual_seed(0)
     picture, = pipe("a circle on fire", None, None, 4, guidance_scale=2, eta=1, generator=noise).images
@@ -412,7 +413,7 @@ def test_ctrl_c_before_any_checkpoint_and_resumed(whole, run, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("moment", [*range(1, 10), *["random"] * int(os.environ.get("KILLS", 2))])
 def test_killed_and_resumed(moment, whole, flags, tmp_path):
-    """By its n-th write (two files, halves and names of two checkpoints, the old state), or at random."""
+    """By its n-th write (two files, halves and names of two checkpoints, an old state), or at random."""
     argv, out, count = flags("run", **SMALL), tmp_path / "run", itertools.count(1)
 
     def kill(event, args):
