@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
 from prompts.make import COLORS, NOUNS
-from reward import Embedder, Help, fail, loading, strictly
+from reward import Embedder, Help, check_numbers, fail, loading, strictly
 from sample import read_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,8 +198,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     default = {"clip": "openai/clip-vit-base-patch32"}.get(args.metric, "openai/clip-vit-large-patch14")
     args.clip = args.clip or default
-    if not 0 <= args.threshold <= 1:
-        fail(f"--threshold {args.threshold}: not in 0..1")
+    check_numbers(parser, args, zero="threshold")
 
     rows = {r["case_number"]: r for r in read_rows(args.prompts, args.column)} if args.prompts else {}
     cases = {p: p.stem.rpartition("_")[0] for p in sorted(args.images.glob("[!.]*.png"))}

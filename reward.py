@@ -66,8 +66,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def check_numbers(parser, args, zero):
     """Every number among the flags must be finite and above 0; those named in `zero` may be 0."""
     for name, x in vars(args).items():
-        if type(x) in (int, float) and not (0 < x < 2**63 or x == 0 and name in zero):
-            parser.error(f"--{name.replace('_', '-')} {x}: give a finite number above 0")
+        most = 1 if name in ("eta", "threshold") else 2**62
+        if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in zero):
+            parser.error(f"--{name.replace('_', '-')} {x}: give a number above 0 and up to {most}")
 
 # ------------------------------------------------------------ the frozen CLIP
 def strictly(cls, name, **kwargs):
@@ -95,8 +96,10 @@ class Embedder:
 
     def text(self, phrases):
         """[len(phrases), D]. Not for autocast: the sign of s(p) must not hang on the precision."""
-        batch = self.tokenizer(list(phrases), padding=True, truncation=True, return_tensors="pt")
-        z = self.clip.get_text_features(batch.input_ids.to(self.clip.device)).pooler_output
+        tokens = self.tokenizer(list(phrases), padding=True, truncation=True,
+                                return_tensors="pt").input_ids
+        parts = tokens.to(self.clip.device).split(256)  # a file of prompts may have tens of thousands
+        z = torch.cat([self.clip.get_text_features(part).pooler_output for part in parts])
         return F.normalize(z, dim=-1)
 
     def image(self, images):

@@ -56,7 +56,8 @@ def load_pipeline(model, lora=None, dtype=torch.float32):
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None,
                                                                  requires_safety_checker=False, **parts)
         unet, vae = pipe.unet.config, pipe.vae.config
-        if unet.in_channels != vae.latent_channels or unet.addition_embed_type:
+        alike = unet.in_channels == unet.out_channels == vae.latent_channels
+        if not alike or unet.addition_embed_type:
             raise ValueError("its UNet takes more than noise and one text, as for inpainting or SDXL")
     pipe.set_progress_bar_config(disable=True)
     if lora:
@@ -85,6 +86,12 @@ def rank_and_device():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return rank, max(world, 1), device
+
+def write(path, text):
+    """Replaces a file in one step: a kill leaves the old one or the new one, whatever ranks write it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 def own(row, default, *columns):
     """A row's own value, of the first of these columns that it fills, as text."""
@@ -140,7 +147,7 @@ if __name__ == "__main__":
     pipe = load_pipeline(args.model, args.lora, dtype).to(device)
     pipe.scheduler = make_scheduler(pipe, args.steps, args.scheduler)
     args.out.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=1))
+    write(record, json.dumps(settings, indent=1))
 
     groups = {}  # that share guidance and size, cut before looking at what is there: the same bytes
     for name in jobs:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import reward
 from reward import Help, check_numbers, fail, loading
-from sample import load_pipeline, make_scheduler, rank_and_device, read_rows
+from sample import load_pipeline, make_scheduler, rank_and_device, read_rows, write
 
 # ------------------------------------------------------------ the policy: DDIM steps as Gaussians
 Schedule = namedtuple("Schedule", "t a b sigma")  # step i: x_next ~ N(a x + b out, sigma^2 I)
@@ -203,11 +203,6 @@ def gather(x):
     dist.all_gather(everyone, x.contiguous())
     return torch.cat(everyone)
 
-def write(path, text):
-    """Replaces a file in one step: a kill leaves the old one or the new one."""
-    path.with_name(f".{path.name}").write_text(text)
-    path.with_name(f".{path.name}").rename(path)
-
 def draw_grid(pipe, sources, args, file):
     """A row for each file of prompts: its first four, labelled, from the same noise every time."""
     shown = [prompts[i % len(prompts)] for prompts in sources for i in range(4)]
@@ -248,13 +243,12 @@ def main(args):
     P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images, trained steps
     pairs = P * G * T // world // args.updates  # of a rank, per update
     if P % world or P * G * T // world % args.updates or G < 2 or T < 1:
-        fail(
-            f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: 2 "
-            f"or more images and steps, prompts that divide by {world} ranks, and updates that divide "
-            f"their {P * G * T // world} (sample, step) pairs")
+        fail(f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: 2 "
+             f"or more images and steps, prompts that divide by {world} ranks, and updates that divide "
+             f"their {P * G * T // world} (sample, step) pairs")
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
-    rows = [read_rows(file) for file in args.prompts]
-    sources = [[row["prompt"] for row in file if row["prompt"].strip()] for file in rows]
+    sources = [[row["prompt"] for row in read_rows(file) if row["prompt"].strip()]
+               for file in args.prompts]
     if not all(sources):
         fail(f"--prompts {args.prompts}: all prompts of a file are blank")
 
@@ -347,8 +341,8 @@ def main(args):
                 images = pipe.vae.decode(x[:, -1] / pipe.vae.config.scaling_factor).sample.float()
             images, asked = (images / 2 + 0.5).clamp(0, 1), [prompts[g] for g in group]  # [B, 3, H, W]
             samples.append((x, mu, reward.reward(embedder, images, targets[group], asked)))
-        latents, means, rewards = map(torch.cat,
-                                      zip(*samples))  # [N, steps + 1, C, H, W], [N, steps, ...]
+        # [N, steps + 1, C, H, W], [N, steps, C, H, W], [N], each filled up to whole micro-batches
+        latents, means, rewards = map(torch.cat, zip(*samples))
         rewards = gather(rewards[:len(mine)]).view(P, G)
         for p in (~rewards.isfinite().all(1)).nonzero():
             fail(f"epoch {epoch + 1}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")
@@ -357,8 +351,7 @@ def main(args):
         # 3. advantages: within each group, whose mean is the baseline
         advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
         advantages = advantages.flatten()[mine]  # [N]
-        live_share = max(live.float().mean().item(),
-                         1 / P)  # an average over live groups: dead ones add 0
+        live_share = max(live.float().mean().item(), 1 / P)  # dead groups add 0: this averages the live
 
         # 4. ratio and step: every update over its own share of the (sample, step) pairs
         order = deal_pairs(mine.tolist(), T, args.updates, args.seed, epoch).to(device)
@@ -371,6 +364,8 @@ def main(args):
                 policy.require_backward_grad_sync = m == len(batches) - 1  # one all-reduce per update
                 with amp:
                     out = predict_noise(policy, x, t, cond, empty, args.guidance)
+                    ref = predict_noise(reference, x, t, cond, empty,
+                                        args.guidance) if reference else None
                 mu, mu_old, sigma = ddim_mean(schedule, i, x, out), means[n, i], schedule.sigma[i]
                 new, old = log_prob(x_next, mu, sigma), log_prob(x_next, mu_old, sigma)
                 if k == 0:  # still the rollout's policy: rho = 1, and all else is rounding
@@ -378,9 +373,7 @@ def main(args):
                     old, mu_old = new.detach(), mu.detach()
                 kl, nats = kl_k3(new - old), kl_gaussian(mu, mu_old, sigma)
                 if reference:
-                    with amp, torch.no_grad():
-                        out = predict_noise(reference, x, t, cond, empty, args.guidance)
-                    kl = nats = kl_gaussian(mu, ddim_mean(schedule, i, x, out), sigma)
+                    kl = nats = kl_gaussian(mu, ddim_mean(schedule, i, x, ref), sigma)
                 log_ratio = (new - old) / gain[i]
                 loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip) / live_share  # [B]
                 ((weight.to(device) * loss).sum() / pairs).backward()  # DDP averages over the ranks

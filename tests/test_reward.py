@@ -110,6 +110,17 @@ def test_embeddings_are_those_of_transformers_in_fp32(name, folder, monkeypatch)
     (folder / "tokenizer.json").unlink()
     assert module.load_hpsv2(folder / "hps.pt")[1] == "openai/clip-vit-large-patch14"
 
+def test_a_long_file_of_prompts_is_embedded_in_parts(tiny, monkeypatch):
+    """CoProV2's captions have 31,380 lines: one batch of them would not fit. The embeddings are the same."""
+    embedder, sizes = Embedder(str(tiny / "clip")), []
+    tower = embedder.clip.get_text_features
+    monkeypatch.setattr(embedder.clip, "get_text_features",
+                        lambda ids: sizes.append(len(ids)) or tower(ids))
+    prompts = [f"{word} circle on fire" for word in ("a", "two") for _ in range(300)]
+    close(embedder.text(prompts),
+          embedder.text(["a circle on fire", "two circle on fire"]).repeat_interleave(300, 0))
+    assert max(sizes) <= 256 and sum(sizes) == 602
+
 def test_vit_h_14_has_hpsv2s_shape():
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig(**module.VIT_H_14))

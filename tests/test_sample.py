@@ -187,7 +187,8 @@ def test_a_folder_made_otherwise_is_told_and_left_alone(flag, sample, tmp_path, 
 
 @pytest.mark.parametrize("flag", [
     "--steps 1000", "--per-prompt 0", "--seed 1.5", "--guidance nan", "--guidance 1e18", "--eta inf",
-    "--model typo", "--lora typo", "--out p.txt", "--scheduler FlowMatchEulerDiscreteScheduler"
+    "--eta 1.5", "--model typo", "--lora typo", "--out p.txt",
+    "--scheduler FlowMatchEulerDiscreteScheduler"
 ])
 def test_bad_flags_are_told(flag, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -473,19 +473,20 @@ def bad(tiny, tmp_path_factory):
     edited(tiny, folder / "sample", "scheduler", prediction_type="sample")
     edited(tiny, folder / "thresholding", "scheduler", thresholding=True)
     edited(tiny, folder / "key", "unet", layers_per_block=2)
-    nine = edited(tiny, folder / "nine", "unet", in_channels=9) / "unet"
-    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(nine)).save_pretrained(nine)
+    for name, change in {"nine": dict(in_channels=9), "variance": dict(out_channels=8)}.items():
+        unet = edited(tiny, folder / name, "unet", **change) / "unet"
+        UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(unet)).save_pretrained(unet)
     (folder / "blank.csv").write_text('prompt,x\n"",1\n')
     return folder
 
 @pytest.mark.parametrize("flag", [
-    "--alpha -0.1", "--lr nan", "--clip inf", "--kl -1", "--eta 0", "--eta 1e-60", "--epochs 0",
-    "--guidance 0", "--seed -1", "--batch 0", "--steps 1.5", "--lr x", "--kl-to x", "--none 1",
-    "--out tests", "--out LICENSE", "--updates 5", "--generations 1", "--steps 1", "--steps 1000",
-    "--prompts no.txt", "--prompts LICENSE", "--prompts BAD/blank.csv", "--anchors no.txt",
-    "--anchors LICENSE", "--model toy/sdd", "--reward toy/sd", "--model BAD/nine", "--model BAD/key",
-    "--model BAD/zero_snr", "--model BAD/sample", "--steps 61 --updates 1 --model BAD/trailing",
-    "--steps 5 --model BAD/thresholding"
+    "--alpha -0.1", "--lr nan", "--clip inf", "--kl -1", "--eta 0", "--eta 1e-60", "--eta 1.5",
+    "--epochs 0", "--guidance 0", "--seed -1", "--batch 0", "--steps 1.5", "--lr x", "--kl-to x",
+    "--none 1", "--out tests", "--out LICENSE", "--updates 5", "--generations 1", "--steps 1",
+    "--steps 1000", "--prompts no.txt", "--prompts LICENSE", "--prompts BAD/blank.csv",
+    "--anchors no.txt", "--anchors LICENSE", "--model toy/sdd", "--reward toy/sd", "--model BAD/nine",
+    "--model BAD/variance", "--model BAD/key", "--model BAD/zero_snr", "--model BAD/sample",
+    "--steps 61 --updates 1 --model BAD/trailing", "--steps 5 --model BAD/thresholding"
 ])
 def test_bad_flags_and_files_are_told(flag, bad, flags, tmp_path, monkeypatch, capsys):
     """In one line with flag and value, or the file's name; nothing is written."""
