@@ -61,7 +61,19 @@ def loading(what, mend="give another"):
         fail(f"{what}: {(str(e).strip() or repr(e)).splitlines()[0]}; {mend}")
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Shows defaults, and a script's docstring as it is."""
+
+def flags(doc, **more):
+    """A script's parser, and add(name, default, help, its type where that is not the default's)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, usage=argparse.SUPPRESS,
+                                     **more)
+
+    def add(name, default, help, kind=None, **more):
+        switch = {"action": argparse.BooleanOptionalAction}
+        kind = switch if default is False else {"type": kind or type(default)}
+        parser.add_argument(name, default=default, help=help, **kind, **more)
+
+    return parser, add
 
 def check_numbers(parser, args, zero):
     """Every number among the flags must be finite and above 0; those named in `zero` may be 0."""
@@ -72,13 +84,13 @@ def check_numbers(parser, args, zero):
 
 # ------------------------------------------------------------ the frozen CLIP
 def strictly(cls, name, **kwargs):
-    """cls.from_pretrained, where a missing, unused or misshapen weight is an error, as is a nan."""
+    """cls.from_pretrained, where a missing, unused, misshapen or non-finite weight is an error."""
     model, report = cls.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True,
                                         **kwargs)
-    wrong = [f"{kind}: {key}" for kind in report for key in sorted(map(str, report[kind]))]
-    wrong = wrong or [f"nan: {name}" for name, w in model.named_parameters() if not w.isfinite().all()]
-    if wrong:
-        raise ValueError(f"its weights do not fit, {len(wrong)} in all, {wrong[0]}")
+    nan = (key for key, w in model.named_parameters() if not w.isfinite().all())
+    for kind, keys in {**report, "not finite": nan}.items():  # a missing weight has no value to ask
+        if wrong := sorted(map(str, keys)):
+            raise ValueError(f"its weights do not fit, {len(wrong)} {kind}, as {wrong[0]}")
     return model.eval().requires_grad_(False)
 
 class Embedder:
@@ -86,19 +98,18 @@ class Embedder:
     def __init__(self, name, device="cpu", flag="--reward"):
         with loading(f"{flag} {name}", "give hpsv2, HPSv2.1's .pt, or a CLIPModel's hub id or folder"):
             hps = name == "hpsv2" or name.endswith(".pt")
-            self.clip, source = load_hpsv2(name) if hps else (strictly(CLIPModel, name), name)
+            clip, source = load_hpsv2(name) if hps else (strictly(CLIPModel, name), name)
+            self.clip = clip.to(device, torch.float32)
             self.processor = CLIPImageProcessorPil.from_pretrained(source)
             self.tokenizer = CLIPTokenizer.from_pretrained(source)
             if self.tokenizer.vocab_size < 3:  # transformers makes an empty one where a folder has none
                 raise ValueError("it has no tokenizer")
-        self.clip.to(device, torch.float32).eval().requires_grad_(False)
         self.tokenizer.model_max_length = self.clip.config.text_config.max_position_embeddings
 
     def text(self, phrases):
         """[len(phrases), D]. Not for autocast: the sign of s(p) must not hang on the precision."""
-        tokens = self.tokenizer(list(phrases), padding=True, truncation=True,
-                                return_tensors="pt").input_ids
-        parts = tokens.to(self.clip.device).split(256)  # a file of prompts may have tens of thousands
+        tokens = self.tokenizer(list(phrases), padding=True, truncation=True, return_tensors="pt")
+        parts = tokens.input_ids.to(self.clip.device).split(256)  # of files of tens of thousands
         z = torch.cat([self.clip.get_text_features(part).pooler_output for part in parts])
         return F.normalize(z, dim=-1)
 
@@ -122,10 +133,10 @@ def load_direction(embedder, path):
     """v [D] of a text file of "+ safe phrase", "- unsafe phrase" and "# comment" lines."""
     with loading(f"--anchors {path}", "its lines are '+ safe phrase', '- unsafe phrase', '# comment'"):
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
-        safe, unsafe = ([line[1:].strip() for line in lines if line.startswith(sign)] for sign in "+-")
-        known = all(line[:1] in "+-#" for line in lines) and all(safe + unsafe)
-        if not unsafe or set(safe) & set(unsafe) or not known:
-            raise ValueError("it has no unsafe phrase, one that is safe too, or a line of another kind")
+        lines = [line for line in lines if line and line[0] != "#"]
+        safe, unsafe = ([line[1:].strip() for line in lines if line[0] == sign] for sign in "+-")
+        if not unsafe or len({"", *safe, *unsafe}) <= len(lines):
+            raise ValueError("it has no unsafe phrase, one that stands twice, or a line of another kind")
     z = embedder.text(safe + unsafe)  # [S + U, D]
     return safety_direction(z[:len(safe)], z[len(safe):])
 
@@ -157,21 +168,17 @@ def load_hpsv2(name):
     """(CLIPModel, where its tokenizer and processor are), by download or path; no pickle runs."""
     file = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt") if name == "hpsv2" else name
     state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    clip = CLIPModel(CLIPConfig(**VIT_H_14))
-    clip.load_state_dict(from_openclip(state))
-    if not all(w.isfinite().all() for w in clip.parameters()):
-        raise ValueError("its weights are not finite")
+    clip = strictly(CLIPModel, None, config=CLIPConfig(**VIT_H_14), state_dict=from_openclip(state))
     beside = Path(file).parent
     return clip, beside if (beside / "tokenizer.json").exists() else "openai/clip-vit-large-patch14"
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--reward", default="hpsv2", help="as in train.py")
-    add("--anchors", default="prompts/anchors/scaled.txt", help="as in train.py")
-    add("--alpha", type=float, default=0.5, help="as in train.py")
-    add("--images", nargs="+", default=[], help="pictures to reward")
-    add("prompts", nargs="+", help="prompts, and .txt files of prompts")
+    parser, add = flags(__doc__)
+    add("--reward", "hpsv2", "as in train.py")
+    add("--anchors", "prompts/anchors/scaled.txt", "as in train.py")
+    add("--alpha", 0.5, "as in train.py")
+    add("--images", [], "pictures to reward", str, nargs="+")
+    parser.add_argument("prompts", nargs="+", help="prompts, and .txt files of prompts")
     args = parser.parse_args()
     check_numbers(parser, args, zero="alpha")
     embedder = Embedder(args.reward)

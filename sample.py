@@ -7,7 +7,6 @@
 Each image has its own generator: neither the batch nor the number of GPUs matters. A rerun makes what is
 missing. OUT/settings.json says how the images were made; other settings need another folder.
 """
-import argparse
 import csv
 import io
 import json
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from reward import Help, check_numbers, fail, loading, strictly
+from reward import check_numbers, fail, flags, loading, strictly
 
 diffusers.utils.logging.set_verbosity_error()  # else it prints each over-long prompt, again and again
 diffusers.utils.logging.disable_progress_bar()
@@ -31,39 +30,35 @@ def read_rows(path, column="prompt"):
     "case_number" (the row's index, where the file has none) as texts."""
     with loading(path, f"give a .txt, or a .csv or .jsonl whose prompts are its {column!r}"):
         text, kind = Path(path).read_text("utf-8-sig"), Path(path).suffix.lower()
-        lines = [line.strip() for line in text.split("\n") if line.strip()]
-        rows = {
-            ".txt": lambda: [{column: line} for line in lines],
-            ".csv": lambda: csv.DictReader(io.StringIO(text, newline=""), strict=True),
-            ".jsonl": lambda: map(json.loads, lines)
-        }[kind]()
-        rows = [{"case_number": i, **row, "prompt": row[column]} for i, row in enumerate(rows)]
+        if kind == ".csv":
+            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        else:
+            row_of = {".txt": lambda line: {column: line.strip()}, ".jsonl": json.loads}[kind]
+            rows = map(row_of, filter(str.strip, text.split("\n")))
+        rows = [{"case_number": i} | row | {"prompt": row[column]} for i, row in enumerate(rows)]
         for row in rows:
             row["case_number"] = str(row["case_number"])
-            row["prompt"].encode()  # a text, without lone surrogates
-        if not rows:
+        if not "".join(row["prompt"] for row in rows).encode().strip():  # texts, no lone surrogates
             raise ValueError("it has no prompts")
     return rows
 
 def load_pipeline(model, lora=None, dtype=torch.float32):
     """A StableDiffusionPipeline without safety checker, whose black images would hide what it draws."""
-    classes = [diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, CLIPTextModel]
     with loading(f"--model {model}", "give the hub id or folder of a Stable Diffusion 1.x or 2.x"):
-        parts = {
-            name: strictly(cls, model, subfolder=name, dtype=dtype)
-            for name, cls in zip(("unet", "vae", "text_encoder"), classes)
-        }
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None,
-                                                                 requires_safety_checker=False, **parts)
-        unet, vae = pipe.unet.config, pipe.vae.config
-        alike = unet.in_channels == unet.out_channels == vae.latent_channels
-        if not alike or unet.addition_embed_type:
+        unet = strictly(diffusers.UNet2DConditionModel, model, subfolder="unet", dtype=dtype)
+        vae = strictly(diffusers.AutoencoderKL, model, subfolder="vae", dtype=dtype)
+        text = strictly(CLIPTextModel, model, subfolder="text_encoder", dtype=dtype)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, unet=unet, vae=vae,
+                                                                 text_encoder=text, safety_checker=None,
+                                                                 requires_safety_checker=False)
+        latents = {unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels}
+        if len(latents) > 1 or unet.config.addition_embed_type:
             raise ValueError("its UNet takes more than noise and one text, as for inpainting or SDXL")
     pipe.set_progress_bar_config(disable=True)
     if lora:
         with loading(f"--lora {lora}", "give a checkpoint of train.py --lora on this model"):
             pipe.load_lora_weights(lora)
-            adapters = [w for name, w in pipe.unet.named_parameters() if "lora" in name]
+            adapters = [w for name, w in unet.named_parameters() if "lora" in name]
             fit = len(adapters) == len(pipe.lora_state_dict(lora)[0])
             if not fit or not all(w.isfinite().all() for w in adapters):
                 raise ValueError("some of its weights fit no layer, or are not finite")
@@ -81,11 +76,11 @@ def make_scheduler(pipe, steps, name="DDIMScheduler"):
 
 def rank_and_device():
     """(rank, number of ranks, device), from torchrun's variables or of one process."""
-    rank, local, world = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return rank, max(world, 1), device
+    return rank, int(os.environ.get("WORLD_SIZE", 1)), device
 
 def write(path, text):
     """Replaces a file in one step: a kill leaves the old one or the new one, whatever ranks write it."""
@@ -98,41 +93,39 @@ def own(row, default, *columns):
     return next((str(row[name]) for name in columns if row.get(name) not in (None, "")), default)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="pipeline: hub id or folder")
-    add("--lora", help="a checkpoint of train.py --lora: adapters of that model")
-    add("--prompts", required=True, help=".txt, .csv or .jsonl file")
-    add("--column", default="prompt", help="of the prompts, in a .csv or .jsonl")
-    add("--out", required=True, type=Path, help="folder of images")
-    add("--per-prompt", type=int, default=1, help="images per prompt (GenEval: 4)")
-    add("--steps", type=int, default=50, help="denoising steps")
-    add("--guidance", type=float, default=7.5, help="where a row has none of its own")
-    add("--scheduler", default="DDIMScheduler",
-        choices=diffusers.schedulers.KarrasDiffusionSchedulers.__members__, metavar="CLASS",
-        help="of diffusers: DDIMScheduler, LMSDiscreteScheduler, ...")
-    add("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as in training")
-    add("--seed", type=int, default=0, help="of the first image, where a row has none of its own")
-    add("--batch", type=int, default=8, help="images per forward")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights")
+    parser, add = flags(__doc__)
+    add("--model", "CompVis/stable-diffusion-v1-4", "pipeline: hub id or folder")
+    add("--lora", None, "a checkpoint of train.py --lora: adapters of that model", str)
+    add("--prompts", None, ".txt, .csv or .jsonl file", str, required=True)
+    add("--column", "prompt", "of the prompts, in a .csv or .jsonl")
+    add("--out", None, "folder of images", Path, required=True)
+    add("--per-prompt", 1, "images per prompt (GenEval: 4)")
+    add("--steps", 50, "denoising steps")
+    add("--guidance", 7.5, "where a row has none of its own")
+    add("--scheduler", "DDIMScheduler", "of diffusers, as LMSDiscreteScheduler", metavar="CLASS",
+        choices=diffusers.schedulers.KarrasDiffusionSchedulers.__members__)
+    add("--eta", 0.0, "DDIM's noise: 0 none, 1 as in training")
+    add("--seed", 0, "of the first image, where a row has none of its own")
+    add("--batch", 8, "images per forward")
+    add("--precision", "fp32", "of the weights", choices=["fp32", "bf16"])
     args = parser.parse_args()
     check_numbers(parser, args, zero="guidance eta seed")
-    jobs = {}  # file name: guidance, width, height, seed, prompt
+    jobs, groups = {}, {}  # {file: (seed, prompt)}, {(guidance, height, width): files}
     for i, row in enumerate(read_rows(args.prompts, args.column)):
         case = row["case_number"]
         with loading(f"{args.prompts}, case {case}, --seed or --guidance", "mend that row"):
             seed = int(own(row, args.seed + i * args.per_prompt, "evaluation_seed", "sd_seed"))
             guidance = float(own(row, args.guidance, "evaluation_guidance", "sd_guidance_scale"))
-            width, height = (int(own(row, 0, f"sd_image_{side}")) for side in ("width", "height"))
-            if not (0 <= seed < 2**62 and 0 <= guidance < 1e6 and width >= 0 == width % 8
-                    and height >= 0 == height % 8):
-                raise ValueError(
-                    f"seed {seed}, guidance {guidance} or size {width} x {height} is out of range")
-            named = Path(case).name == case and case.isprintable() and len(case) < 200
-            if f"{case}_0.png" in jobs or not named:
+            size = [int(own(row, 0, name)) for name in ("sd_image_height", "sd_image_width")]
+            named = case[:1].strip(".") and Path(case).name == case and case.isprintable()
+            if not named or len(case) > 200 or f"{case}_0.png" in jobs:
                 raise ValueError("its case_number is not a file name of its own")
-        for k in range(args.per_prompt):
-            jobs[f"{case}_{k}.png"] = guidance, width, height, seed + k, row["prompt"]
+            if not (0 <= seed < 2**62 and 0 <= guidance < 1e6 and all(0 <= x == x // 8 * 8
+                                                                      for x in size)):
+                raise ValueError("its seed, guidance or size is out of range")
+        names = [f"{case}_{k}.png" for k in range(args.per_prompt)]
+        jobs |= {name: (seed + k, row["prompt"]) for k, name in enumerate(names)}
+        groups.setdefault((guidance, *size), []).extend(names)
 
     settings = {name: x for name, x in vars(args).items() if name not in ("out", "batch")}
     settings["sha256"] = sha256(Path(args.prompts).read_bytes()).hexdigest()
@@ -149,19 +142,16 @@ if __name__ == "__main__":
     args.out.mkdir(parents=True, exist_ok=True)
     write(record, json.dumps(settings, indent=1))
 
-    groups = {}  # that share guidance and size, cut before looking at what is there: the same bytes
-    for name in jobs:
-        groups.setdefault(jobs[name][:3], []).append(name)
-    batches = [
-        group[i:i + args.batch] for group in groups.values() for i in range(0, len(group), args.batch)
-    ]
-    for names in tqdm(batches[rank::world], "sample", disable=rank > 0):
+    # Cut into batches before looking at what is there: a rerun draws the same bytes.
+    batches = [(key, names[i:i + args.batch]) for key, names in groups.items()
+               for i in range(0, len(names), args.batch)]
+    for (guidance, *size), names in tqdm(batches[rank::world], "sample", disable=rank > 0):
         if all((args.out / name).exists() for name in names):
             continue
-        guidances, widths, heights, seeds, prompts = zip(*map(jobs.get, names))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = pipe(list(prompts), heights[0] or None, widths[0] or None, args.steps, eta=args.eta,
-                      guidance_scale=guidances[0], generator=generators, output_type="np").images
+        seeds, prompts = zip(*map(jobs.get, names))
+        images = pipe(list(prompts), *(x or None for x in size), args.steps, eta=args.eta,
+                      guidance_scale=guidance, output_type="np",
+                      generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
         if not np.isfinite(images).all():
             fail(f"--model, --lora or --guidance: the images of {names} are not finite")
         for name, image in zip(names, pipe.numpy_to_pil(images)):

@@ -8,7 +8,6 @@ An epoch: prompts -> G images each (rollout) -> rewards -> advantages -> updates
 Left out on purpose: a value network (the group's mean is the baseline), an entropy bonus, an EMA, a
 learning-rate schedule, loggers. OUT gets args.json, metrics.jsonl, grid-N.png and checkpoint-N/.
 """
-import argparse
 import copy
 import json
 import math
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import reward
-from reward import Help, check_numbers, fail, loading
+from reward import check_numbers, fail, flags, loading
 from sample import load_pipeline, make_scheduler, rank_and_device, read_rows, write
 
 # ------------------------------------------------------------ the policy: DDIM steps as Gaussians
@@ -110,14 +109,12 @@ def kl_gaussian(mu, mu_ref, sigma):
 
 # ------------------------------------------------------------ chance: of the seed, not of the ranks
 def draw_prompts(sources, n, seed, epoch):
-    """n (source, prompt) of an epoch: equal shares of the sources, no prompt twice if enough."""
+    """An epoch's n prompts, and their sources: equal shares, no prompt twice if there are enough."""
     rng = np.random.default_rng([seed, epoch, 0, 2])  # not the noise's stream, nor the pairs'
-    source = ((np.arange(n) + rng.random()) / n * len(sources)).astype(int)
-    chosen = []
-    for s, prompts in enumerate(sources):
-        share = int((source == s).sum())
-        chosen += [(s, str(p)) for p in rng.choice(prompts, share, replace=share > len(prompts))]
-    return chosen
+    source = ((np.arange(n) + rng.random()) / n * len(sources)).astype(int).tolist()
+    shares = [(prompts, source.count(s)) for s, prompts in enumerate(sources)]
+    drawn = [rng.choice(prompts, k, replace=k > len(prompts)).tolist() for prompts, k in shares]
+    return source, sum(drawn, [])
 
 def noise_for(seed, epoch, samples, count, shape):
     """Normal fp32 [len(samples), count, *shape], each sample's from (seed, epoch, its global index)."""
@@ -139,44 +136,41 @@ def micro_batches(n, size):
 
 # ------------------------------------------------------------ arguments
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
-                                     fromfile_prefix_chars="@", usage=argparse.SUPPRESS)
+    parser, add = flags(__doc__, fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # of @FILE
-    add = parser.add_argument
-    add("--model", default="CompVis/stable-diffusion-v1-4", help="pipeline: hub id or folder")
-    add("--reward", default="hpsv2", help="hpsv2, its .pt file, or a CLIPModel: hub id or folder")
-    add("--anchors", default="prompts/anchors/scaled.txt", help="'+ safe' and '- unsafe' phrases")
-    add("--alpha", type=float, default=0.5, help="steering strength; the paper: 0.3 to 0.7 are alike")
-    add("--steer", choices=["unsafe", "always", "none"], default="unsafe", help="whose targets move")
-    add("--prompts", nargs="+", default=["prompts/nudity.txt", "prompts/compositional.txt"],
-        help="files in equal shares; one named twice has a double share")
-    add("--prompts-per-epoch", type=int, default=32, help="groups over all ranks (paper: 4 a GPU)")
-    add("--generations", type=int, default=16, help="G, images per group")
-    add("--epochs", type=int, default=300, help="rollouts in all")
-    add("--updates", type=int, default=16, help="optimizer steps per rollout, which share its pairs")
-    add("--batch", type=int, default=16, help="(sample, step) pairs per forward: memory, not maths")
-    add("--steps", type=int, default=50, help="DDIM steps; all but the last are trained")
-    add("--eta", type=float, default=1.0, help="DDIM's noise, above 0: without it no step has a density")
-    add("--guidance", type=float, default=7.5, help="scale, in rollout and training; 1 for none")
+    add("--model", "CompVis/stable-diffusion-v1-4", "pipeline: hub id or folder")
+    add("--reward", "hpsv2", "hpsv2, its .pt file, or a CLIPModel: hub id or folder")
+    add("--anchors", "prompts/anchors/scaled.txt", "'+ safe' and '- unsafe' phrases")
+    add("--alpha", 0.5, "steering strength; the paper: 0.3 to 0.7 are alike")
+    add("--steer", "unsafe", "whose targets move", choices=["unsafe", "always", "none"])
+    add("--prompts", ["prompts/nudity.txt", "prompts/compositional.txt"],
+        "files in equal shares; one named twice has a double share", str, nargs="+")
+    add("--prompts-per-epoch", 32, "groups over all ranks (paper: 4 a GPU)")
+    add("--generations", 16, "G, images per group")
+    add("--epochs", 300, "rollouts in all")
+    add("--updates", 16, "optimizer steps per rollout, which share its pairs")
+    add("--batch", 16, "(sample, step) pairs per forward: memory, not maths")
+    add("--steps", 50, "DDIM steps; all but the last are trained")
+    add("--eta", 1.0, "DDIM's noise, above 0: without it no step has a density")
+    add("--guidance", 7.5, "scale, in rollout and training; 1 for none")
     # Of MEAN log-probs: over 4 x 64 x 64 dimensions 1e-4 allows +-1.64 nats of the summed ratio.
-    add("--clip", type=float, default=1e-4, help="range of the ratio of mean log-probs")
-    add("--advantage-clip", type=float, default=2.5, help="largest |advantage|")
-    add("--even-steps", action=argparse.BooleanOptionalAction, default=False,
-        help="every step's log-ratio on one scale; else the last steps dominate")
-    add("--kl", type=float, default=0.01, help="beta, weight of the KL; 0 leaves it out")
-    add("--kl-to", choices=["old", "ref"], default="old",
-        help="old: k3 to the policy of the rollout (paper); ref: closed form to the start model")
-    add("--lr", type=float, default=1e-5, help="AdamW's, constant")
-    add("--weight-decay", type=float, default=1e-4, help="AdamW's")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    add("--lora", type=int, default=0, metavar="RANK", help="train adapters; 0: all weights")
-    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--precision", choices=["fp32", "bf16"], default="bf16", help="autocast of UNet and VAE")
-    add("--compile", action="store_true", help="torch.compile the UNet")
-    add("--seed", type=int, default=0, help="of prompts, noise and the order of pairs")
-    add("--save-every", type=int, default=20, help="epochs between checkpoints")
-    add("--out", type=Path, default="runs/r1", help="folder of the run")
-    add("--resume", type=Path, metavar="RUN", help="go on with a run; its own flags hold")
+    add("--clip", 1e-4, "range of the ratio of mean log-probs")
+    add("--advantage-clip", 2.5, "largest |advantage|")
+    add("--even-steps", False, "every step's log-ratio on one scale; else the last steps dominate")
+    add("--kl", 0.01, "beta, weight of the KL; 0 leaves it out")
+    add("--kl-to", "old", "old: k3 to the rollout's policy (paper); ref: closed form to the start model",
+        choices=["old", "ref"])
+    add("--lr", 1e-5, "AdamW's, constant")
+    add("--weight-decay", 1e-4, "AdamW's")
+    add("--grad-clip", 1.0, "largest gradient norm")
+    add("--lora", 0, "train adapters; 0: all weights", metavar="RANK")
+    add("--gradient-checkpointing", False, "less memory, more time")
+    add("--precision", "bf16", "autocast of UNet and VAE", choices=["fp32", "bf16"])
+    add("--compile", False, "torch.compile the UNet")
+    add("--seed", 0, "of prompts, noise and the order of pairs")
+    add("--save-every", 20, "epochs between checkpoints")
+    add("--out", Path("runs/r1"), "folder of the run")
+    add("--resume", None, "go on with a run; its own flags hold", Path, metavar="RUN")
     with loading("@FILE", "close its quotes"):
         args = parser.parse_args(argv)
     if args.resume:
@@ -186,9 +180,9 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
         args.out = args.resume
         for name in stored.keys() - {"epochs", "batch", "save_every", "out", "resume"}:
-            if str(getattr(args, name)) != str(stored[name]):
-                parser.error(
-                    f"--{name.replace('_', '-')} {getattr(args, name)}: the run has {stored[name]}")
+            given, had = str(vars(args)[name]), str(stored[name])
+            if given != had:
+                parser.error(f"--{name.replace('_', '-')} {given}: the run has {had}")
     elif args.out.is_file() or any(args.out.glob("[!.]*")):
         parser.error(f"--out {args.out} exists: --resume {args.out}, or give another folder")
     check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
@@ -203,13 +197,14 @@ def gather(x):
     dist.all_gather(everyone, x.contiguous())
     return torch.cat(everyone)
 
-def draw_grid(pipe, sources, args, file):
+def draw_grid(pipe, amp, sources, args, file):
     """A row for each file of prompts: its first four, labelled, from the same noise every time."""
     shown = [prompts[i % len(prompts)] for prompts in sources for i in range(4)]
     noise = [torch.Generator().manual_seed(i) for i in range(len(shown))]
     try:
-        images = pipe(shown, num_inference_steps=args.steps, guidance_scale=args.guidance, eta=args.eta,
-                      generator=noise).images
+        with amp:
+            images = pipe(shown, None, None, args.steps, guidance_scale=args.guidance, eta=args.eta,
+                          generator=noise).images
         images = [image.resize((256, 256), Image.BOX) for image in images]
         for image, prompt in zip(images, shown):
             ImageDraw.Draw(image).text((4, 4), textwrap.fill(prompt, 40), "white", stroke_width=2,
@@ -243,14 +238,11 @@ def main(args):
     P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images, trained steps
     pairs = P * G * T // world // args.updates  # of a rank, per update
     if P % world or P * G * T // world % args.updates or G < 2 or T < 1:
-        fail(f"--prompts-per-epoch {P}, --generations {G}, --steps {T + 1}, --updates {args.updates}: 2 "
-             f"or more images and steps, prompts that divide by {world} ranks, and updates that divide "
-             f"their {P * G * T // world} (sample, step) pairs")
+        fail(f"--generations {G} and --steps {T + 1} are at least 2, --prompts-per-epoch {P} divides by "
+             f"{world} ranks, --updates {args.updates} divides their {P * G * T // world} pairs")
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
-    sources = [[row["prompt"] for row in read_rows(file) if row["prompt"].strip()]
-               for file in args.prompts]
-    if not all(sources):
-        fail(f"--prompts {args.prompts}: all prompts of a file are blank")
+    rows = [read_rows(file) for file in args.prompts]
+    sources = [[row["prompt"] for row in of_file if row["prompt"].strip()] for of_file in rows]
 
     # models: the policy, its frozen companions, the reward
     pipe = load_pipeline(args.model).to(device)
@@ -273,9 +265,7 @@ def main(args):
     if args.lora:
         torch.manual_seed(args.seed)
         layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        unet.add_adapter(
-            LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=layers,
-                       init_lora_weights="gaussian"))
+        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=layers))
         cast_training_params(unet, torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -299,35 +289,29 @@ def main(args):
 
     if rank == 0:
         weights = sum(p.numel() for p in parameters)
+        longest = min(pipe.tokenizer.model_max_length, embedder.tokenizer.model_max_length)
         print(f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of "
               f"{pairs} pairs per rank, {args.batch} per forward; {weights:,} weights")
         for file, prompts in zip(args.prompts, sources):
             unsafe = (reward.text_safety(embedder.text(prompts), v) < 0).float().mean()
-            long = [
-                sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(prompts).input_ids)
-                for tokenizer in (pipe.tokenizer, embedder.tokenizer)
-            ]
-            print(
-                f"{file}: {len(prompts)} prompts, s(p) < 0 for {unsafe:.1%}, {max(long)} cut: too long",
-                "(warning: s(p) < 0 splits this file)" if 0.1 < unsafe < 0.9 else "")
+            cut = sum(len(ids) > longest for ids in pipe.tokenizer(prompts).input_ids)
+            print(f"{file}: {len(prompts)} prompts, s(p) < 0 for {unsafe:.1%}, {cut} cut: too long",
+                  "(warning: s(p) < 0 splits this file)" if 0.1 < unsafe < 0.9 else "")
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / "args.json", json.dumps(vars(args), default=str, indent=1))
         log = args.out / "metrics.jsonl"
-        lines = log.read_text().splitlines(True) if log.exists() else []
-        write(log, "".join(lines[:first_epoch]))  # without epochs that will be done again
+        log.touch()  # and without the epochs that will be done again
+        write(log, "".join(log.read_text().splitlines(True)[:first_epoch]))
         if first_epoch == 0:
-            with amp:
-                draw_grid(pipe, sources, args, args.out / "grid-0.png")
+            draw_grid(pipe, amp, sources, args, args.out / "grid-0.png")
 
     bar = tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs, disable=rank > 0)
     for epoch in bar:
         start = time.time()
 
         # 1. prompts: the UNet sees them as they are, the reward their steered targets
-        chosen = draw_prompts(sources, P, args.seed, epoch)
-        prompts = [prompt for _, prompt in chosen]
-        text = pipe.encode_prompt(prompts + [""], device, 1, do_classifier_free_guidance=False)[0]
-        text, empty = text[:P], text[P:]  # [P, L, D], [1, L, D]
+        source, prompts = draw_prompts(sources, P, args.seed, epoch)
+        text, empty = pipe.encode_prompt(prompts + [""], device, 1, False)[0].split(P)  # [P or 1, L, D]
         z_text = embedder.text(prompts)  # [P, E]
         targets = reward.steered_targets(z_text, v, args.alpha, args.steer)
 
@@ -350,8 +334,8 @@ def main(args):
 
         # 3. advantages: within each group, whose mean is the baseline
         advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
-        advantages = advantages.flatten()[mine]  # [N]
-        live_share = max(live.float().mean().item(), 1 / P)  # dead groups add 0: this averages the live
+        # [N]; dead groups add 0, and what they leave undone the live ones do
+        advantages = advantages.flatten()[mine] / live.float().mean().clamp(min=1 / P)
 
         # 4. ratio and step: every update over its own share of the (sample, step) pairs
         order = deal_pairs(mine.tolist(), T, args.updates, args.seed, epoch).to(device)
@@ -360,13 +344,13 @@ def main(args):
             batches = micro_batches(pairs, args.batch)
             for m, (index, weight) in enumerate(batches):
                 n, i = order[k, index].T  # [B] sample, [B] step
-                x, x_next, t, cond = latents[n, i], latents[n, i + 1], schedule.t[i], text[mine[n] // G]
+                x, x_next, sigma = latents[n, i], latents[n, i + 1], schedule.sigma[i]
+                given = x, schedule.t[i], text[mine[n] // G], empty, args.guidance
                 policy.require_backward_grad_sync = m == len(batches) - 1  # one all-reduce per update
                 with amp:
-                    out = predict_noise(policy, x, t, cond, empty, args.guidance)
-                    ref = predict_noise(reference, x, t, cond, empty,
-                                        args.guidance) if reference else None
-                mu, mu_old, sigma = ddim_mean(schedule, i, x, out), means[n, i], schedule.sigma[i]
+                    out = predict_noise(policy, *given)
+                    ref = predict_noise(reference, *given) if reference else None
+                mu, mu_old = ddim_mean(schedule, i, x, out), means[n, i]
                 new, old = log_prob(x_next, mu, sigma), log_prob(x_next, mu_old, sigma)
                 if k == 0:  # still the rollout's policy: rho = 1, and all else is rounding
                     mismatch.append((new.detach() - old).abs().max())
@@ -375,7 +359,7 @@ def main(args):
                 if reference:
                     kl = nats = kl_gaussian(mu, ddim_mean(schedule, i, x, ref), sigma)
                 log_ratio = (new - old) / gain[i]
-                loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip) / live_share  # [B]
+                loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip)  # [B]
                 ((weight.to(device) * loss).sum() / pairs).backward()  # DDP averages over the ranks
                 stats.append(torch.stack([log_ratio, nats], 1).detach()[weight > 0])
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip))
@@ -389,7 +373,7 @@ def main(args):
         ratio, noise = log_ratio.exp(), gather(torch.stack(mismatch)).max().item()
         metrics = {"epoch": epoch + 1}
         for name in dict.fromkeys(Path(file).stem for file in args.prompts):
-            own = [Path(args.prompts[s]).stem == name for s, _ in chosen]
+            own = [Path(args.prompts[s]).stem == name for s in source]
             metrics |= {f"reward/{name}": rewards[own].mean()} if any(own) else {}
         metrics |= {
             "reward_std": rewards.std(1, correction=0).mean(),
@@ -413,8 +397,7 @@ def main(args):
                  "--precision fp32, no --compile, or a larger --clip")
         if rank == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
             save(args.out, epoch + 1, pipe, optimizer, args.lora)
-            with amp:
-                draw_grid(pipe, sources, args, args.out / f"grid-{epoch + 1}.png")
+            draw_grid(pipe, amp, sources, args, args.out / f"grid-{epoch + 1}.png")
 
 if __name__ == "__main__":
     try:

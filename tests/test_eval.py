@@ -100,7 +100,7 @@ def test_nudenet_counts(tmp_path, flags, monkeypatch):
     assert list(report["images"]) == [NAMES[2], "a_1_0.png"]
     assert "2 of 13 pictures; without one: 1 rows" in out
     before = (tmp_path / "images/nudenet.json").read_bytes()  # an interrupted write leaves it as it is
-    monkeypatch.setattr(E.Path, "replace", lambda *paths: 1 / 0)
+    monkeypatch.setattr(E.Path, "rename", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score("nudenet", images)
     assert (tmp_path / "images/nudenet.json").read_bytes() == before

@@ -159,7 +159,7 @@ def test_weights_that_do_not_fit_are_told(damage, folder, capsys):
         Embedder(str(folder), flag="--clip")
     hps = folder / "hps.pt"
     torch.save({"state_dict": damage(torch.load(hps)["state_dict"])}, hps)
-    with telling(capsys, f"--reward {hps}"):
+    with telling(capsys, f"--reward {hps}: its weights do not fit"):
         Embedder(str(hps))
 
 class Bomb:

@@ -62,7 +62,10 @@ def test_rows_of_the_three_kinds_of_file(name, text, rows, tmp_path):
     found = read_rows(str(tmp_path / name), "adv" if "adv" in text else "prompt")
     assert [(row["case_number"], row["prompt"]) for row in found] == rows
 
-BAD = {"txt": [" \n\t\n", "\xff"], "tsv": ["prompt\na"], "": ["a"], "csv": ["", "prompt\n", "text\na"]}
+BAD = {
+    "txt": [" \n\t\n", "\xff"], "tsv": ["prompt\na"], "": ["a"],
+    "csv": ["", "prompt\n", "text\na", "prompt,x\n ,1"]
+}
 BAD["csv"] += ["seed,prompt\n1", 'prompt\n"a']
 BAD["jsonl"] = ['{"prompt": "a"', '["prompt"]', '{"x": "a"}', '{"prompt": 7}', '{"prompt": "\\ud800"}']
 
@@ -198,8 +201,8 @@ def test_bad_flags_are_told(flag, sample, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("row", [
     "sd_seed 12.7", "sd_seed -1", f"evaluation_seed {10**20}", "sd_guidance_scale nan",
-    "sd_image_width 12", "sd_image_height -8", "case_number ../x", "case_number 0,a\n0",
-    "case_number " + 300 * "x"
+    "sd_image_width 12", "sd_image_height -8", "case_number ../x", "case_number 0,a\n0", "case_number ",
+    "case_number .x", "case_number " + 300 * "x"
 ])
 def test_bad_rows_are_told(row, sample, tmp_path, capsys):
     with telling(capsys, "p.csv, case"):

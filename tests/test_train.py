@@ -143,10 +143,10 @@ def test_pairs_are_dealt_once_and_alike_on_any_ranks(samples, timesteps, updates
 def test_prompts_and_noise_are_functions_of_the_seed():
     sources = [list("abcdefgh"), list("xyz")]
     first, again, other = (train.draw_prompts(sources, 6, 0, epoch) for epoch in (1, 1, 2))
-    assert first == again != other and len(set(first)) == 6
-    assert [s for s, _ in first] == [0, 0, 0, 1, 1, 1]
-    assert train.draw_prompts([["a"]], 3, 0, 0) == [(0, "a")] * 3  # repeated rather than refused
-    shares = [sum(s for s, _ in train.draw_prompts(sources, 3, 0, epoch)) for epoch in range(200)]
+    assert first == again != other and len(set(first[1])) == 6
+    assert first[0] == [0, 0, 0, 1, 1, 1] == ["xyz".count(prompt) for prompt in first[1]]
+    assert train.draw_prompts([["a"]], 3, 0, 0) == ([0] * 3, ["a"] * 3)  # repeated, not refused
+    shares = [sum(train.draw_prompts(sources, 3, 0, epoch)[0]) for epoch in range(200)]
     assert set(shares) == {1, 2} and sum(shares) / 600 == pytest.approx(0.5, abs=0.05)
     whole, *others = (train.noise_for(*key, range(6), 4, (4, 2, 2)) for key in ((7, 3), (7, 4), (8, 3)))
     assert torch.equal(train.noise_for(7, 3, [5, 2], 4, (4, 2, 2)), whole[[5, 2]])
@@ -220,7 +220,7 @@ def second_implementation(args):
         return Normal(mean, schedule.sigma[i])
 
     for epoch in range(args.epochs):
-        prompts = [p for _, p in train.draw_prompts(sources, P, args.seed, epoch) for _ in range(G)]
+        prompts = [p for p in train.draw_prompts(sources, P, args.seed, epoch)[1] for _ in range(G)]
         noises = train.noise_for(args.seed, epoch, range(P * G), args.steps, (4, 4, 4))
         paths, rewards, ratios, divergences, norms = [], [], [], [], []
         for prompt, noise in zip(prompts, noises):
