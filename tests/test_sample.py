@@ -1,7 +1,6 @@
 """sample.py: files of prompts, models, and images against diffusers called by hand."""
 import json
 import os
-import re
 import runpy
 import shutil
 
@@ -12,7 +11,6 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
 
 from conftest import ROOT, script, telling
 from sample import read_rows
