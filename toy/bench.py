@@ -35,7 +35,7 @@ import train  # before diffusers, which it keeps quiet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from reward import Embedder, Help
+from reward import Help
 from sample import load_pipeline
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -158,10 +158,6 @@ def seconds(call):
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
-def epoch_seconds(unet, tokens, args, batch):
-    """(rollout, update) by bare calls of the UNet."""
-    return epoch_cost(args, *(seconds(call) / batch for call in calls(unet, tokens, args, batch)))
-
 def benchmark(args, peak_tflops):
     train.main(args)
     laps = [json.loads(line) for line in open(args.out / "metrics.jsonl")][1:]
@@ -177,16 +173,12 @@ def benchmark(args, peak_tflops):
     if torch.cuda.is_available():
         pipe.to("cuda")
         unet.to(memory_format=torch.channels_last)
-    floor, plain = (epoch_seconds(unet, tokens, args, batch) for batch in (args.batch, 4))
-    embedder, size = Embedder(args.reward, unet.device), unet.config.sample_size
-    latent = torch.randn(1, 4, size, size, device=unet.device)
-    with torch.no_grad():
-        image = seconds(lambda: embedder.image(pipe.vae.decode(latent).sample))
-    plain = sum(plain) + args.prompts_per_epoch * args.generations * image
+    bare = (seconds(call) / args.batch for call in calls(unet, tokens, args, args.batch))
+    floor = epoch_cost(args, *bare)
     print(f"\n{'phase':<8}{'seconds':>9}{'floor':>9}")
     for phase, lap, least in zip(phases, ours, floor):
         print(f"{phase:<8}{lap:9.2f}{least:9.2f}")
-    print(f"floor / epoch {sum(floor) / sum(ours):.3f}, plain loop / epoch {plain / sum(ours):.2f}")
+    print(f"floor / epoch {sum(floor) / sum(ours):.3f}")
     if peak_tflops:
         shares = [x / lap / peak_tflops / 1e12 for x, lap in zip(counted, ours)]
         print(f"model FLOP utilisation: rollout {shares[0]:.2f}, update {shares[1]:.2f}")
@@ -225,8 +217,8 @@ def in_fp32(norm):
     return lambda x, shape, w, b, eps: norm(x.float(), shape, w.float(), b.float(), eps)
 
 def training_memory(args):
-    """GiB of training SD v1.4 with these flags: the UNet's weights, gradients and AdamW's states; the
-    frozen models; the peak of the UNet's activations; that of the VAE's decoding; in all."""
+    """GiB of training SD v1.4 with these flags: the UNet's weights, gradients and AdamW's states, the
+    frozen models, and the peak of a training step or of decoding."""
     with torch.device("meta"):
         unet = make_policy(UNet2DConditionModel(**UNET), args)
         vae = AutoencoderKL(**VAE).requires_grad_(False)
@@ -241,24 +233,20 @@ def training_memory(args):
         latents = torch.randn(args.batch, 4, 64, 64)
         with torch.no_grad(), autocast(args):
             decode = peak_bytes(lambda: vae.decode(latents))
-    peak = trained + frozen + max(step, decode)
-    return [count / 2**30 for count in (trained, frozen, step, decode, peak)]
+    return (trained + frozen + max(step, decode)) / 2**30
 
 def print_memory(rest):
     F.group_norm, F.layer_norm = in_fp32(F.group_norm), in_fp32(F.layer_norm)
-    print("| flags | weights, gradients, AdamW | frozen | UNet activations | VAE decode | in all, GiB |")
-    print("|---|---|---|---|---|---|")
     for setting in ("", "--gradient-checkpointing", "--lora 16", "--lora 16 --gradient-checkpointing"):
         for batch in (4, 16):
             flags = f"{setting} --batch {batch}".strip()
-            columns = training_memory(train.parse_args([*rest, *flags.split()]))
-            print(f"| `{flags}` | " + " | ".join(f"{x:.1f}" for x in columns) + " |", flush=True)
+            peak = training_memory(train.parse_args([*rest, *flags.split()]))
+            print(f"{peak:.1f} GiB with {flags}", flush=True)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
-    add("--shape", choices=["given", "sd14"], default="given",
-        help="sd14: random weights in true shapes")
+    add("--shape", default="given", choices=["given", "sd14"], help="sd14: random weights, true shapes")
     add("--peak-tflops", type=float, help="the device's, for model FLOP utilisation (H100, bf16: 989)")
     add("--flops", action="store_true", help="count the UNet's FLOPs, run nothing")
     add("--memory", action="store_true", help="compute the memory of training SD v1.4, run nothing")
