@@ -120,8 +120,8 @@ if __name__ == "__main__":
             named = case[:1].strip(".") and Path(case).name == case and case.isprintable()
             if not named or len(case) > 200 or f"{case}_0.png" in jobs:
                 raise ValueError("its case_number is not a file name of its own")
-            if not (0 <= seed < 2**62 and 0 <= guidance < 1e6 and all(0 <= x == x // 8 * 8
-                                                                      for x in size)):
+            fits = 0 <= seed < 2**62, 0 <= guidance < 1e6, *(0 <= x == x // 8 * 8 for x in size)
+            if not all(fits):
                 raise ValueError("its seed, guidance or size is out of range")
         names = [f"{case}_{k}.png" for k in range(args.per_prompt)]
         jobs |= {name: (seed + k, row["prompt"]) for k, name in enumerate(names)}

@@ -334,7 +334,7 @@ def main(args):
 
         # 3. advantages: within each group, whose mean is the baseline
         advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
-        # [N]; dead groups add 0, and what they leave undone the live ones do
+        # [N]; a dead group adds 0: divided by the live groups' share, the mean is theirs alone
         advantages = advantages.flatten()[mine] / live.float().mean().clamp(min=1 / P)
 
         # 4. ratio and step: every update over its own share of the (sample, step) pairs
