@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import shutil
 import sys
 import time
@@ -495,6 +496,12 @@ def test_bad_flags_and_files_are_told(flag, bad, flags, tmp_path, monkeypatch, c
     with telling(capsys, *flag[flag[0] == "--prompts":2]):
         train.main(train.parse_args(flags("run") + flag))
     assert not (tmp_path / "run").exists()
+
+def test_out_of_memory_is_told(flags, monkeypatch, capsys):
+    monkeypatch.setattr(reward, "reward", Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr("sys.argv", ["train.py", *flags("run")])
+    with telling(capsys, "--batch", "--gradient-checkpointing", "--lora"):
+        runpy.run_path(ROOT / "train.py", run_name="__main__")
 
 def test_a_script_tells_too(bad, flags, tmp_path):
     """As a user starts it: nothing that an import prints drowns the line."""
