@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
+from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
@@ -219,8 +219,7 @@ def save(out, epoch, pipe, optimizer, lora):
     folder, temporary = out / f"checkpoint-{epoch}", out / ".checkpoint"
     shutil.rmtree(temporary, ignore_errors=True)
     if lora:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-        pipe.save_lora_weights(temporary, layers)
+        pipe.save_lora_weights(temporary, get_peft_model_state_dict(pipe.unet))
     else:
         pipe.save_pretrained(temporary)
     trained = {name: p.detach() for name, p in pipe.unet.named_parameters() if p.requires_grad}

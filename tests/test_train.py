@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
 from PIL import Image
+from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 import reward
@@ -343,14 +345,17 @@ def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
     assert last <= 1 < first
 
 def test_lora_is_what_diffusers_loads_and_resumes(tiny, run, monkeypatch):
-    """And it predicts, loaded, what the trained UNet in memory predicts."""
+    """And ComfyUI, in Kohya's names: loaded, it predicts what the trained UNet in memory predicts."""
     saved = Mock(wraps=train.save)
     monkeypatch.setattr(train, "save", saved)
     out, pipe = run("run", lora=2, lr=0.05), pipeline(tiny / "sd")
     x, text = torch.randn(1, 4, 4, 4, generator=NOISE), torch.randn(1, 5, 16, generator=NOISE)
     start, trained = (unet(x, 500, text).sample for unet in (pipe.unet, saved.call_args.args[2].unet))
-    pipe.load_lora_weights(out / "checkpoint-2")
-    torch.testing.assert_close(pipe.unet(x, 500, text).sample, trained)
+    layers = load_file(out / "checkpoint-2/pytorch_lora_weights.safetensors")
+    for state in layers, convert_state_dict_to_kohya(layers):
+        pipe.load_lora_weights(state)
+        torch.testing.assert_close(pipe.unet(x, 500, text).sample, trained)
+        pipe.unload_lora_weights()
     assert (start - trained).abs().max() > 0.01
     parts = run("parts", lora=2, lr=0.05, epochs=1)
     resume(parts, "--epochs", "2")
