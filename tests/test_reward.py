@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, SiglipConfig,
+                          SiglipModel)
 
 import reward as module
 from conftest import ROOT, telling
@@ -166,7 +167,10 @@ class Bomb:
     def __reduce__(self):
         return os.system, (f"touch {os.environ['PROOF']}", )
 
+SMALL = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+SIGLIP = SiglipConfig(text_config=SMALL, vision_config=SMALL)
 BREAK = {
+    "a SigLIP": lambda folder: SiglipModel(SIGLIP).save_pretrained(folder),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "hps.pt a bomb": lambda folder: torch.save({"state_dict": Bomb()}, folder / "hps.pt"),
     "hps.pt a bare bomb": lambda folder: (folder / "hps.pt").write_bytes(pickle.dumps(Bomb(), 2)),
