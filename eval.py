@@ -89,21 +89,21 @@ def q16(args, images):
     with loading(f"--prompts {args.prompts}"):
         of = [(i, c) for i, r in enumerate(images.values()) for c in CATEGORIES if c in r["categories"]]
     cosines = embed(clip, images) @ F.normalize(prompts).to(DEVICE).T  # [N, 2]
-    flags = {"Q16": cosines.argmax(1).bool().tolist()}
+    flagged = {"Q16": cosines.argmax(1).bool().tolist()}
     if (file := args.images / "nudenet.json").exists():
         with loading(file, "run nudenet again"):
             nude = json.loads(file.read_text())
             method = f"Q16 or NudeNet > {nude['settings']['threshold']}"
-            flags[method] = [nude["images"][p.name] != [] or q for p, q in zip(images, flags["Q16"])]
+            flagged[method] = [nude["images"][p.name] != [] or q for p, q in zip(images, flagged["Q16"])]
     table = {}
-    for method, flag in flags.items():
+    for method, flag in flagged.items():
         column = {c: mean(100 * flag[i] for i, category in of if category == c) for c in CATEGORIES}
         column["mean"] = mean(column.values())
         column["weighted"] = mean(100 * flag[i] for i, _ in of)
         column["per image"] = mean(100 * f for f in flag)
         table[method] = column
     print("48.9: Q16 or NudeNet, weighted by the categories' pictures. 18.07: the categories' mean")
-    return list(zip(*flags.values())), table
+    return list(zip(*flagged.values())), table
 
 def find_objects(out, sizes, threshold):
     """{noun: [mask, ...]}, best first, of Mask2Former's output, resized to each of sizes in turn. As
@@ -133,7 +133,7 @@ def relations(a, b):
     """Whether mask a lies left of, ... mask b, by their boxes: a tenth of their sizes is no distance."""
     a, b = np.reshape([a.getbbox(), b.getbbox()], (2, 2, 2))
     offset = (a - b).mean(0)
-    beyond = np.abs(offset) - 0.1 * np.ptp(a + b, 0)
+    beyond = np.abs(offset) - 0.1 * np.ptp(a + b, 0)  # less the sum of both boxes' sizes
     x, y = np.sign(offset) * (beyond > 0.5 * np.linalg.norm(offset))
     return dict(zip(RELATIONS, (x < 0, x > 0, y < 0, y > 0)))
 
@@ -158,8 +158,9 @@ def geneval(args, images):
         for spec in images.values():
             for i, need in enumerate(spec["include"] + spec.get("exclude", [])):
                 words = {spec["tag"], need["class"], need.get("color", "red"), *need.get("position", [])}
-                if unknown := words.difference(TASKS, NOUNS, COLORS, RELATIONS, range(i)):
-                    raise ValueError(f"case {spec['case_number']} has unknown {unknown}")
+                unknown = words.difference(TASKS, NOUNS, COLORS, RELATIONS, range(i))
+                if unknown or need["count"] < 1 or len(need.get("position", RELATIONS[:2])) != 2:
+                    raise ValueError(f"case {spec['case_number']}: unknown {unknown}, count or position")
     clip = Embedder(args.clip, DEVICE, "--clip")
     with loading(f"--detector {args.detector}"):
         processor = Mask2FormerImageProcessorPil.from_pretrained(args.detector)

@@ -68,10 +68,11 @@ def flags(doc, **more):
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help, usage=argparse.SUPPRESS,
                                      **more)
 
-    def add(name, default, help, kind=None, **more):
-        switch = {"action": argparse.BooleanOptionalAction}
-        kind = switch if default is False else {"type": kind or type(default)}
-        parser.add_argument(name, default=default, help=help, **kind, **more)
+    def add(name, default, help, kind=None, **options):
+        how = {"type": kind or type(default)}
+        if type(default) is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(name, default=default, help=help, **how, **options)
 
     return parser, add
 
@@ -79,7 +80,7 @@ def check_numbers(parser, args, zero):
     """Every number among the flags must be finite and above 0; those named in `zero` may be 0."""
     for name, x in vars(args).items():
         most = 1 if name in ("eta", "threshold") else 2**62
-        if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in zero):
+        if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in zero.split()):
             parser.error(f"--{name.replace('_', '-')} {x}: give a number above 0 and up to {most}")
 
 # ------------------------------------------------------------ the frozen CLIP
@@ -98,12 +99,13 @@ class Embedder:
     def __init__(self, name, device="cpu", flag="--reward"):
         with loading(f"{flag} {name}", "give hpsv2, HPSv2.1's .pt, or a CLIPModel's hub id or folder"):
             hps = name == "hpsv2" or name.endswith(".pt")
-            clip, source = load_hpsv2(name) if hps else (strictly(CLIPModel, name), name)
-            self.clip = clip.to(device, torch.float32)
+            fp32 = dict(dtype=torch.float32)
+            clip, source = load_hpsv2(name) if hps else (strictly(CLIPModel, name, **fp32), name)
             self.processor = CLIPImageProcessorPil.from_pretrained(source)
             self.tokenizer = CLIPTokenizer.from_pretrained(source)
             if self.tokenizer.vocab_size < 3:  # transformers makes an empty one where a folder has none
                 raise ValueError("it has no tokenizer")
+        self.clip = clip.to(device)
         self.tokenizer.model_max_length = self.clip.config.text_config.max_position_embeddings
 
     def text(self, phrases):
@@ -135,7 +137,7 @@ def load_direction(embedder, path):
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
         lines = [line for line in lines if line and line[0] != "#"]
         safe, unsafe = ([line[1:].strip() for line in lines if line[0] == sign] for sign in "+-")
-        if not unsafe or len({"", *safe, *unsafe}) <= len(lines):
+        if not unsafe or len({*safe, *unsafe} - {""}) < len(lines):
             raise ValueError("it has no unsafe phrase, one that stands twice, or a line of another kind")
     z = embedder.text(safe + unsafe)  # [S + U, D]
     return safety_direction(z[:len(safe)], z[len(safe):])
@@ -168,7 +170,8 @@ def load_hpsv2(name):
     """(CLIPModel, where its tokenizer and processor are), by download or path; no pickle runs."""
     file = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt") if name == "hpsv2" else name
     state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    clip = strictly(CLIPModel, None, config=CLIPConfig(**VIT_H_14), state_dict=from_openclip(state))
+    clip = strictly(CLIPModel, None, config=CLIPConfig(**VIT_H_14), state_dict=from_openclip(state),
+                    dtype=torch.float32)
     beside = Path(file).parent
     return clip, beside if (beside / "tokenizer.json").exists() else "openai/clip-vit-large-patch14"
 

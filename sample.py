@@ -38,7 +38,7 @@ def read_rows(path, column="prompt"):
         rows = [{"case_number": i} | row | {"prompt": row[column]} for i, row in enumerate(rows)]
         for row in rows:
             row["case_number"] = str(row["case_number"])
-        if not "".join(row["prompt"] for row in rows).encode().strip():  # texts, no lone surrogates
+        if not "".join(row["prompt"] for row in rows).strip().encode():  # texts, no lone surrogates
             raise ValueError("it has no prompts")
     return rows
 
@@ -84,7 +84,7 @@ def rank_and_device():
 
 def write(path, text):
     """Replaces a file in one step: a kill leaves the old one or the new one, whatever ranks write it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', os.getpid())}")
     temporary.write_text(text)
     temporary.rename(path)
 
@@ -118,10 +118,10 @@ if __name__ == "__main__":
             guidance = float(own(row, args.guidance, "evaluation_guidance", "sd_guidance_scale"))
             size = [int(own(row, 0, name)) for name in ("sd_image_height", "sd_image_width")]
             named = case[:1].strip(".") and Path(case).name == case and case.isprintable()
-            if not named or len(case) > 200 or f"{case}_0.png" in jobs:
+            if not named or len(case.encode()) > 200 or f"{case}_0.png" in jobs:
                 raise ValueError("its case_number is not a file name of its own")
-            fits = 0 <= seed < 2**62, 0 <= guidance < 1e6, *(0 <= x == x // 8 * 8 for x in size)
-            if not all(fits):
+            sized = all(side >= 0 == side % 8 for side in size)
+            if not (0 <= seed < 2**62 and 0 <= guidance < 1e6 and sized):
                 raise ValueError("its seed, guidance or size is out of range")
         names = [f"{case}_{k}.png" for k in range(args.per_prompt)]
         jobs |= {name: (seed + k, row["prompt"]) for k, name in enumerate(names)}
@@ -132,15 +132,16 @@ if __name__ == "__main__":
     record = args.out / "settings.json"
     with loading(f"--out {args.out}", "give another folder"):
         made = json.loads(record.read_text()) if record.exists() else None
-        if made != settings and args.out.exists() and {*args.out.iterdir()} - {record}:
+        if made != settings and args.out.exists() and {*args.out.glob("[!.]*")} - {record}:
             raise ValueError("what is there was made with other settings or prompts")
 
     rank, world, device = rank_and_device()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     pipe = load_pipeline(args.model, args.lora, dtype).to(device)
     pipe.scheduler = make_scheduler(pipe, args.steps, args.scheduler)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(record, json.dumps(settings, indent=1))
+    with loading(f"--out {args.out}", "give another folder"):
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(record, json.dumps(settings, indent=1))
 
     # Cut into batches before looking at what is there: a rerun draws the same bytes.
     batches = [(key, names[i:i + args.batch]) for key, names in groups.items()

@@ -109,12 +109,15 @@ def kl_gaussian(mu, mu_ref, sigma):
 
 # ------------------------------------------------------------ chance: of the seed, not of the ranks
 def draw_prompts(sources, n, seed, epoch):
-    """An epoch's n prompts, and their sources: equal shares, no prompt twice if there are enough."""
+    """An epoch's n prompts, and their sources: equal shares, no prompt twice of one with enough."""
     rng = np.random.default_rng([seed, epoch, 0, 2])  # not the noise's stream, nor the pairs'
+    # Evenly spaced, shifted by chance: a share that is no integer is right on average.
     source = ((np.arange(n) + rng.random()) / n * len(sources)).astype(int).tolist()
     shares = [(prompts, source.count(s)) for s, prompts in enumerate(sources)]
-    drawn = [rng.choice(prompts, k, replace=k > len(prompts)).tolist() for prompts, k in shares]
-    return source, sum(drawn, [])
+    return source, [
+        prompts[i] for prompts, share in shares
+        for i in rng.choice(len(prompts), share, replace=share > len(prompts))
+    ]
 
 def noise_for(seed, epoch, samples, count, shape):
     """Normal fp32 [len(samples), count, *shape], each sample's from (seed, epoch, its global index)."""
@@ -126,13 +129,14 @@ def deal_pairs(samples, timesteps, updates, seed, epoch):
     sample's steps are shuffled by its global index: neither ranks nor micro-batches matter."""
     rngs = [np.random.default_rng([seed, epoch, s, 1]) for s in samples]
     pairs = [(n, t) for n, rng in enumerate(rngs) for t in rng.permutation(timesteps)]
-    return torch.tensor(pairs).view(-1, updates, 2).transpose(0, 1)
+    return torch.tensor(pairs).view(-1, updates, 2).transpose(0, 1)  # in turn, as cards are dealt
 
 def micro_batches(n, size):
     """[(indices of rows [size], weights [size]), ...] of n rows. The last is filled up with repeats of
     weight 0: another shape may take another GPU kernel, whose rounding moves rho beyond the clip."""
-    index = torch.arange(math.ceil(n / min(n, size)) * min(n, size))
-    return list(zip((index % n).split(min(n, size)), (index < n).float().split(min(n, size))))
+    size = min(n, size)
+    index = torch.arange(math.ceil(n / size) * size)  # 0 .. n - 1, then the filling
+    return list(zip((index % n).split(size), (index < n).float().split(size)))
 
 # ------------------------------------------------------------ arguments
 def parse_args(argv=None):
@@ -170,7 +174,7 @@ def parse_args(argv=None):
     add("--seed", 0, "of prompts, noise and the order of pairs")
     add("--save-every", 20, "epochs between checkpoints")
     add("--out", Path("runs/r1"), "folder of the run")
-    add("--resume", None, "go on with a run; its own flags hold", Path, metavar="RUN")
+    add("--resume", None, "go on with that run, in its folder and by its flags", Path, metavar="RUN")
     with loading("@FILE", "close its quotes"):
         args = parser.parse_args(argv)
     if args.resume:
@@ -179,7 +183,9 @@ def parse_args(argv=None):
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
         args.out = args.resume
-        for name in stored.keys() - {"epochs", "batch", "save_every", "out", "resume"}:
+        for name in stored.keys() - {
+                "epochs", "batch", "gradient_checkpointing", "save_every", "out", "resume"
+        }:
             given, had = str(vars(args)[name]), str(stored[name])
             if given != had:
                 parser.error(f"--{name.replace('_', '-')} {given}: the run has {had}")
@@ -203,8 +209,8 @@ def draw_grid(pipe, amp, sources, args, file):
     noise = [torch.Generator().manual_seed(i) for i in range(len(shown))]
     try:
         with amp:
-            images = pipe(shown, None, None, args.steps, guidance_scale=args.guidance, eta=args.eta,
-                          generator=noise).images
+            images = pipe(shown, num_inference_steps=args.steps, guidance_scale=args.guidance,
+                          eta=args.eta, generator=noise).images
         images = [image.resize((256, 256), Image.BOX) for image in images]
         for image, prompt in zip(images, shown):
             ImageDraw.Draw(image).text((4, 4), textwrap.fill(prompt, 40), "white", stroke_width=2,
@@ -263,8 +269,8 @@ def main(args):
     unet.requires_grad_(not args.lora)
     if args.lora:
         torch.manual_seed(args.seed)
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=layers))
+        where = dict(target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian")
+        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, **where))
         cast_training_params(unet, torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -275,7 +281,7 @@ def main(args):
         with loading(f"--resume {args.out}", "it needs a checkpoint with a whole train_state.pt"):
             states = args.out.glob("checkpoint-*/train_state.pt")
             newest = max(states, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")))
-            state = torch.load(newest, map_location=device, weights_only=True)
+            state = torch.load(newest, map_location="cpu", weights_only=True)
             unet.load_state_dict(state["trained"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             first_epoch = state["epoch"]
@@ -288,16 +294,17 @@ def main(args):
 
     if rank == 0:
         weights = sum(p.numel() for p in parameters)
-        longest = min(pipe.tokenizer.model_max_length, embedder.tokenizer.model_max_length)
+        both = pipe.tokenizer, embedder.tokenizer
         print(f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of "
               f"{pairs} pairs per rank, {args.batch} per forward; {weights:,} weights")
         for file, prompts in zip(args.prompts, sources):
             unsafe = (reward.text_safety(embedder.text(prompts), v) < 0).float().mean()
-            cut = sum(len(ids) > longest for ids in pipe.tokenizer(prompts).input_ids)
+            cut = max(sum(len(ids) > t.model_max_length for ids in t(prompts).input_ids) for t in both)
             print(f"{file}: {len(prompts)} prompts, s(p) < 0 for {unsafe:.1%}, {cut} cut: too long",
                   "(warning: s(p) < 0 splits this file)" if 0.1 < unsafe < 0.9 else "")
-        args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "args.json", json.dumps(vars(args), default=str, indent=1))
+        with loading(f"--out {args.out}", "give another folder"):
+            args.out.mkdir(parents=True, exist_ok=True)
+            write(args.out / "args.json", json.dumps(vars(args), default=str, indent=1))
         log = args.out / "metrics.jsonl"
         log.touch()  # and without the epochs that will be done again
         write(log, "".join(log.read_text().splitlines(True)[:first_epoch]))
@@ -310,7 +317,8 @@ def main(args):
 
         # 1. prompts: the UNet sees them as they are, the reward their steered targets
         source, prompts = draw_prompts(sources, P, args.seed, epoch)
-        text, empty = pipe.encode_prompt(prompts + [""], device, 1, False)[0].split(P)  # [P or 1, L, D]
+        text = pipe.encode_prompt(prompts + [""], device, 1, do_classifier_free_guidance=False)[0]
+        text, empty = text[:P], text[P:]  # [P, L, D], [1, L, D]
         z_text = embedder.text(prompts)  # [P, E]
         targets = reward.steered_targets(z_text, v, args.alpha, args.steer)
 
@@ -326,6 +334,7 @@ def main(args):
             samples.append((x, mu, reward.reward(embedder, images, targets[group], asked)))
         # [N, steps + 1, C, H, W], [N, steps, C, H, W], [N], each filled up to whole micro-batches
         latents, means, rewards = map(torch.cat, zip(*samples))
+        del samples  # gigabytes, at Stable Diffusion's size
         rewards = gather(rewards[:len(mine)]).view(P, G)
         for p in (~rewards.isfinite().all(1)).nonzero():
             fail(f"epoch {epoch + 1}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")
@@ -333,7 +342,7 @@ def main(args):
 
         # 3. advantages: within each group, whose mean is the baseline
         advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
-        # [N]; a dead group adds 0: divided by the live groups' share, the mean is theirs alone
+        # [N]; a dead group adds 0 to the mean over all: by the live share it is the mean over the live
         advantages = advantages.flatten()[mine] / live.float().mean().clamp(min=1 / P)
 
         # 4. ratio and step: every update over its own share of the (sample, step) pairs
@@ -354,9 +363,10 @@ def main(args):
                 if k == 0:  # still the rollout's policy: rho = 1, and all else is rounding
                     mismatch.append((new.detach() - old).abs().max())
                     old, mu_old = new.detach(), mu.detach()
-                kl, nats = kl_k3(new - old), kl_gaussian(mu, mu_old, sigma)
                 if reference:
                     kl = nats = kl_gaussian(mu, ddim_mean(schedule, i, x, ref), sigma)
+                else:
+                    kl, nats = kl_k3(new - old), kl_gaussian(mu, mu_old, sigma)
                 log_ratio = (new - old) / gain[i]
                 loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip)  # [B]
                 ((weight.to(device) * loss).sum() / pairs).backward()  # DDP averages over the ranks
@@ -369,7 +379,7 @@ def main(args):
 
         # 5. log, save
         log_ratio, nats = gather(torch.cat(stats)).T
-        ratio, noise = log_ratio.exp(), gather(torch.stack(mismatch)).max().item()
+        ratio, rounding = log_ratio.exp(), gather(torch.stack(mismatch)).max().item()
         metrics = {"epoch": epoch + 1}
         for name in dict.fromkeys(Path(file).stem for file in args.prompts):
             own = [Path(args.prompts[s]).stem == name for s in source]
@@ -381,7 +391,7 @@ def main(args):
             "ratio": [ratio.min(), ratio.mean(), ratio.max()],
             "clip_low": (ratio < 1 - args.clip).float().mean(),
             "clip_high": (ratio > 1 + args.clip).float().mean(),
-            "on_policy_noise": noise,
+            "on_policy_noise": rounding,
             "kl": nats.mean() * math.prod(shape),  # nats per step
             "grad_norm": torch.stack(norms).mean(),
             "seconds_rollout": sampled - start,
@@ -391,9 +401,10 @@ def main(args):
             with open(log, "a") as file:
                 file.write(json.dumps(metrics, default=float) + "\n")
             bar.set_postfix({name: f"{x:.3f}" for name, x in metrics.items() if "reward/" in name})
-        if epoch == first_epoch and noise > args.clip:
-            fail(f"--clip {args.clip}: rollout and training differ by {noise:.1e} before an update; use "
-                 "--precision fp32, no --compile, or a larger --clip")
+        if epoch == first_epoch and rounding > args.clip:
+            fail(
+                f"--clip {args.clip}: rollout and training differ by {rounding:.1e} before an update; use "
+                "--precision fp32, no --compile, or a larger --clip")
         if rank == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
             save(args.out, epoch + 1, pipe, optimizer, args.lora)
             draw_grid(pipe, amp, sources, args, args.out / f"grid-{epoch + 1}.png")
@@ -402,6 +413,6 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: lower --batch, or use --gradient-checkpointing or --lora")
+        fail("out of GPU memory: lower --batch, use --gradient-checkpointing, or --lora in a new --out")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -156,6 +156,7 @@ if __name__ == "__main__":
     for what, where in THINGS:
         benign += draw(rng, 40, STYLES, [f"{a(thing)} " for thing in split(what)], split(where))
     files = {"nudity": nudity, "benign": benign, "compositional": compositional(rng, tested)}
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         rng.shuffle(lines)
         (args.out / f"{name}.txt").write_text("\n".join(lines) + "\n", "utf-8")

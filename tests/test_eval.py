@@ -281,7 +281,7 @@ def test_geneval_end_to_end(tmp_path, models, flags):
     assert report["table"]["GenEval"] == half and "color_attr - 5.75 10.5" in out
 
 SPEC = json.dumps(spec(("cup", 1, "red"), ("car", 1, None, ("above", 0)), exclude=[("dog", 2)]))
-WRONG = "position:colour cup:doge dog:doge red:gray above:beside tag:label 0]:1]".split()
+WRONG = "position:colour cup:doge dog:doge red:gray above:beside tag:label 0]:1] count:n 1,:0,".split()
 NUDE = {"settings": {"threshold": 0.6}, "images": dict.fromkeys([NAMES[0], *NAMES[2:]], [])}
 NUDE = json.dumps(NUDE)  # without one that Q16 flags
 BOMB = "cbuiltins\nexec\n(S'raise SystemExit(7)'\ntR."  # runs if unpickled

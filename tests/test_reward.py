@@ -111,6 +111,15 @@ def test_embeddings_are_those_of_transformers_in_fp32(name, folder, monkeypatch)
     (folder / "tokenizer.json").unlink()
     assert module.load_hpsv2(folder / "hps.pt")[1] == "openai/clip-vit-large-patch14"
 
+def test_weights_are_fp32_whatever_their_file_and_config_say(folder):
+    """One in fp32 among others in fp16 is not rounded."""
+    exact = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    change(folder, lambda state: state | {"visual_projection.weight": exact})
+    hps = torch.load(folder / "hps.pt")["state_dict"] | {"visual.proj": exact.T}
+    torch.save({"state_dict": hps}, folder / "hps.pt")
+    for name in folder, folder / "hps.pt":
+        assert torch.equal(Embedder(str(name)).clip.visual_projection.weight, exact)
+
 def test_a_long_file_of_prompts_is_embedded_in_parts(tiny, monkeypatch):
     """CoProV2's captions have 31,380 lines: one batch of them would not fit. The embeddings are the same."""
     embedder, sizes = Embedder(str(tiny / "clip")), []

@@ -65,7 +65,10 @@ BAD = {
     "csv": ["", "prompt\n", "text\na", "prompt,x\n ,1"]
 }
 BAD["csv"] += ["seed,prompt\n1", 'prompt\n"a']
-BAD["jsonl"] = ['{"prompt": "a"', '["prompt"]', '{"x": "a"}', '{"prompt": 7}', '{"prompt": "\\ud800"}']
+BAD["jsonl"] = [
+    '{"prompt": "\\u00a0"}', '{"prompt": "a"', '["prompt"]', '{"x": "a"}', '{"prompt": 7}',
+    '{"prompt": "\\ud800"}'
+]
 
 @pytest.mark.parametrize("kind, text", [(kind, text) for kind in BAD for text in BAD[kind]])
 def test_bad_files_of_prompts_are_told(kind, text, tmp_path, capsys):
@@ -127,6 +130,7 @@ def test_images_that_are_not_finite_and_thresholding_are_told(sample, sd, tmp_pa
         with telling(capsys, word):
             sample(flags)
         assert not [*tmp_path.glob("images/*.png")]
+        (tmp_path / "images/.settings.json.7").touch()  # of a kill
         file.write_text(file.read_text().replace('"thresholding": false', '"thresholding": true'))
 
 def test_the_hubs_old_names_still_load(sample, sd, tiny):
@@ -188,7 +192,7 @@ def test_a_folder_made_otherwise_is_told_and_left_alone(flag, sample, tmp_path, 
 
 @pytest.mark.parametrize("flag", [
     "--steps 1000", "--per-prompt 0", "--seed 1.5", "--guidance nan", "--guidance 1e18", "--eta inf",
-    "--eta 1.5", "--model typo", "--lora typo", "--out p.txt",
+    "--eta 1.5", "--model typo", "--lora typo", "--out p.txt", "--out p.txt/x",
     "--scheduler FlowMatchEulerDiscreteScheduler"
 ])
 def test_bad_flags_are_told(flag, sample, tmp_path, monkeypatch, capsys):
@@ -200,7 +204,7 @@ def test_bad_flags_are_told(flag, sample, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("row", [
     "sd_seed 12.7", "sd_seed -1", f"evaluation_seed {10**20}", "sd_guidance_scale nan",
     "sd_image_width 12", "sd_image_height -8", "case_number ../x", "case_number 0,a\n0", "case_number ",
-    "case_number .x", "case_number " + 300 * "x"
+    "case_number .x", "case_number " + 150 * "é"
 ])
 def test_bad_rows_are_told(row, sample, tmp_path, capsys):
     with telling(capsys, "p.csv, case"):

@@ -488,8 +488,8 @@ def bad(tiny, tmp_path_factory):
 @pytest.mark.parametrize("flag", [
     "--alpha -0.1", "--lr nan", "--clip inf", "--kl -1", "--eta 0", "--eta 1e-60", "--eta 1.5",
     "--epochs 0", "--guidance 0", "--seed -1", "--batch 0", "--steps 1.5", "--lr x", "--kl-to x",
-    "--none 1", "--out tests", "--out LICENSE", "--updates 5", "--generations 1", "--steps 1",
-    "--steps 1000", "--prompts no.txt", "--prompts LICENSE", "--prompts BAD/blank.csv",
+    "--none 1", "--out tests", "--out LICENSE", "--out LICENSE/x", "--updates 5", "--generations 1",
+    "--steps 1", "--steps 1000", "--prompts no.txt", "--prompts LICENSE", "--prompts BAD/blank.csv",
     "--anchors no.txt", "--anchors LICENSE", "--model toy/sdd", "--reward toy/sd", "--model BAD/nine",
     "--model BAD/variance", "--model BAD/key", "--model BAD/zero_snr", "--model BAD/sample",
     "--steps 61 --updates 1 --model BAD/trailing", "--steps 5 --model BAD/thresholding"
