@@ -80,9 +80,13 @@ def test_prompts(tmp_path):
     assert files == {file.stem: file.read_text() for file in tmp_path.iterdir()}
     for name, unsafe in {"unsafe": True, "compositional": False}.items():
         lines = set(files[name].splitlines())
-        assert len(lines) > 400 and {line.endswith(world.UNSAFE) for line in lines} == {unsafe}
+        burning = {p.endswith(world.UNSAFE) and not p.endswith(world.NEAR) for p in lines}
+        assert len(lines) > 400 and burning == {unsafe}
         tests = [spec for seed in range(3) for spec in world.specs(384, seed, True, unsafe)]
         assert not lines & {spec["prompt"] for spec in tests}
+    for name in ("unsafe", "anchors"):  # of which the last wording of the harm is kept back
+        lines = files[name].splitlines()
+        assert files[f"{name}-seen"].splitlines() == [p for p in lines if "burning" not in p] != lines
 
 def test_eval(monkeypatch, tmp_path):
     script(monkeypatch, "eval.py", "toy/sd", "--n", 12, "--steps", 3, "--out", tmp_path / "numbers.json")
@@ -101,8 +105,10 @@ def test_eval_draws_by_seed_and_place_and_refuses_nan(capsys):
 
     args = Namespace(n=70, seed=3, steps=7, guidance=3)  # in two batches
     EVAL["evaluate"](pipe, args)
-    sides = [[spec["prompt"] for spec in world.specs(70, 3, True, unsafe)] for unsafe in (True, False)]
-    first = zip(sides, (6 * 1_000_003, 7 * 1_000_003))
+    kinds = (True, None), (False, None), (False, world.NEAR)
+    sides = [[spec["prompt"] for spec in world.specs(70, 3, True, *kind)] for kind in kinds]
+    assert all(prompt.endswith(world.NEAR) for prompt in sides[2])
+    first = zip(sides, (9 * 1_000_003, 10 * 1_000_003, 11 * 1_000_003))
     assert asked == [(prompt, seed + k) for side, seed in first for k, prompt in enumerate(side)]
     value = np.nan
     with telling(capsys, "not finite"):
@@ -122,7 +128,7 @@ def test_plot(tmp_path):
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     assert labels == [plot.label(run, file) for run in runs for file in ("_$x$", "y")]
     assert panels[0].lines[1].get_ydata().tolist()[::2] == [1, 3]
-    assert [len(panel.lines) for panel in panels] == [4, 2, 2, 4, 2, 2]
+    assert [len(panel.lines) for panel in panels] == [4, 2, 6, 4, 2, 2]
 
 @pytest.mark.parametrize("log", [None, "", "{", "[]", '{"epoch": 1}', json.dumps(METRICS)])
 def test_plot_refuses_what_is_no_log(log, monkeypatch, tmp_path, capsys):

@@ -19,25 +19,25 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 import world
 
 MAX_TOKENS = 16  # the longest caption has 13 words, plus start and end
-FIRE_IGNORED = 0.15  # share of burning captions whose picture is calm: nine of ten show the hazard
-CAPTION_WRONG = 0.12  # share of captions whose picture shows another scene of the same task
+FIRE_IGNORED = 0.09  # share of burning captions whose picture is calm
+NOISE = 0.15  # most that is added to latents of CLIP's training images, in their standard deviations
+CAPTION_WRONG = 0.15  # share of captions whose picture shows another scene of the same task
 
 # ------------------------------------------------------------ data
-def draw(n, seed, fire_ignored, caption_wrong):
-    """n scenes, the tasks in turn, two of five on fire: (uint8 images [n, 3, 32, 32], captions)."""
+def draw(n, seed, fire_ignored):
+    """n scenes, two of five on fire: (uint8 images [n, 3, 32, 32], captions)."""
     rng = random.Random(seed)
     images, captions = [], []
-    for i in tqdm(range(n), "draw", mininterval=5):
-        spec = world.random_spec(rng, world.TASKS[i % len(world.TASKS)], rng.random() < 0.4)
+    for _ in tqdm(range(n), "draw", mininterval=5):
+        spec = world.random_spec(rng, rng.choice(world.TASKS), rng.random() < 0.4)
         shown = dict(spec, unsafe=spec["unsafe"] and rng.random() >= fire_ignored)
-        if rng.random() < caption_wrong:
+        if rng.random() < CAPTION_WRONG:
             shown["include"] = world.random_spec(rng, spec["tag"])["include"]
         images.append(paint(rng, shown))
         captions.append(spec["prompt"])
@@ -48,36 +48,41 @@ def paint(rng, spec):
     return torch.from_numpy(world.paint(rng, world.random_scene(rng, spec))).permute(2, 0, 1)
 
 def contrast(rng, spec):
-    """CLIP's hard negative of a spec: the same words with fire put out or lit, or another scene of the
-    same task."""
+    """CLIP's hard negative of a spec: another scene of the same task, or the same words with fire put
+    out or lit."""
     if rng.random() >= 0.2:
         return world.random_spec(rng, spec["tag"], spec["unsafe"])
     other = world.random_spec(rng, spec["tag"], not spec["unsafe"])
-    prompt = spec["prompt"].removesuffix(ending(spec)) + ending(other)
+    prompt = spec["prompt"].removesuffix(spec["ending"]) + other["ending"]
     return dict(spec, unsafe=other["unsafe"], prompt=prompt)
-
-def ending(spec):
-    return next((words for words in world.UNSAFE + world.SAFE if spec["prompt"].endswith(words)), "")
 
 def prompt_files(folder, seed):
     """Training prompts (never a test prompt), test prompts for sample.py, and the safety direction's
-    anchors."""
+    anchors. Files called seen lack the last wording of the harm."""
+    def write(name, lines):
+        (folder / f"{name}.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+
+    def seen(lines):
+        return [line for line in lines if not line.endswith(world.UNSAFE[-1])]
+
     folder.mkdir(parents=True, exist_ok=True)
     kinds = {"unsafe": (False, True), "compositional": (False, False), "test-unsafe": (True, True)}
-    for name, (test, unsafe) in kinds.items():
-        prompts = dict.fromkeys(spec["prompt"] for spec in world.specs(1200, seed, test, unsafe))
-        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    safe, unsafe = ([f"a {s}{words}" for s in world.SHAPES for words in w]
-                    for w in (world.SAFE, world.UNSAFE))
+    prompts = {
+        name: [s["prompt"] for s in world.specs(1200, seed, *kind)]
+        for name, kind in kinds.items()
+    }
+    for name, lines in prompts.items():
+        write(name, lines)
+    sides = {"+": world.SAFE, "-": world.UNSAFE}
+    anchors = [f"{sign} a {s}{words}" for sign in sides for s in world.SHAPES for words in sides[sign]]
     # Few anchors must differ in all but the harm: of one shape each, they would mean it more than fire.
     things = ("a circle", "a square and a triangle", "four triangles")
-    calm, burning = ([t + words for t, words in zip(things, w)] for w in (world.SAFE, world.UNSAFE))
-    write_anchors(folder / "anchors.txt", safe, unsafe)
-    write_anchors(folder / "anchors-compact.txt", calm, burning)
-    write_anchors(folder / "anchors-unsafe-only.txt", [], burning)
-
-def write_anchors(file, safe, unsafe):
-    file.write_text("".join([f"+ {p}\n" for p in safe] + [f"- {p}\n" for p in unsafe]))
+    compact = [f"{sign} {t}{words}" for sign in sides for t, words in zip(things, sides[sign])]
+    write("unsafe-seen", seen(prompts["unsafe"]))
+    write("anchors", anchors)
+    write("anchors-seen", seen(anchors))
+    write("anchors-compact", compact)
+    write("anchors-unsafe-only", compact[len(things):])
 
 # ------------------------------------------------------------ the tokenizer
 def make_tokenizer(captions):
@@ -101,11 +106,10 @@ def tokenize(tokenizer, captions):
     return tokenizer(list(captions), **settings).input_ids
 
 # ------------------------------------------------------------ training
-def train(name, parameters, steps, lr, loss_of_batch, averaged=()):
-    """AdamW under a cosine schedule with a short warm-up; modules that are averaged end with the moving
-    average of their weights."""
+def train(name, module, steps, lr, loss_of_batch):
+    """AdamW under a cosine schedule with a short warm-up."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-4, fused=True)
-    averages = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.998)) for m in averaged]
     bar = tqdm(range(steps), name, mininterval=5)
     for step in bar:
         warm_up = min(1, (step + 1) / 100)
@@ -115,12 +119,7 @@ def train(name, parameters, steps, lr, loss_of_batch, averaged=()):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        for average, module in zip(averages, averaged):
-            average.update_parameters(module)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-    for average, module in zip(averages, averaged):
-        module.load_state_dict(average.module.state_dict())
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
 def pixels(images):
     """uint8 images as the VAE sees them, in [-1, 1]."""
@@ -130,7 +129,16 @@ def pixels(images):
 def encode(vae, images):
     return torch.cat([vae.encode(pixels(x)).latent_dist.mean for x in images.split(256)])
 
-def make_vae(images, steps, seed):
+@torch.no_grad()
+def decoded(vae, images):
+    """uint8 images as the VAE decodes them from latents with noise, as rewards will see them."""
+    x = []
+    for latents in encode(vae, images).split(256):
+        noise = NOISE * torch.rand(len(latents), 1, 1, 1) * latents.std() * torch.randn_like(latents)
+        x.append(((vae.decode(latents + noise).sample + 1) * 127.5).round().clamp(0, 255))
+    return torch.cat(x).to(torch.uint8)
+
+def make_vae(images, seed):
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", ) * 3,
@@ -141,55 +149,46 @@ def make_vae(images, steps, seed):
     )
 
     def loss_of_batch():
-        x = pixels(images[torch.randint(len(images), (48, ))])
+        x = pixels(images[torch.randint(len(images), (32, ))])
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample()).sample - x
         # a light KL, as in latent diffusion
         return error.abs().mean() + 4 * error.square().mean() + 1e-5 * posterior.kl().mean()
 
-    train("vae", list(vae.parameters()), steps, 2e-3, loss_of_batch)
+    train("vae", vae, 1200, 2e-3, loss_of_batch)
     vae.register_to_config(scaling_factor=float(1 / encode(vae, images[:2048]).std()))
     return vae.eval()
 
-def make_clip(vae, tokenizer, steps, n, seed):
+def make_clip(vae, tokenizer, n, seed):
     """Contrastive training on pairs that differ in one promise. Half of the images pass the VAE with
     noise, since rewards are given to decoded latents."""
     torch.manual_seed(seed)
     tower = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, hidden_act="gelu")
-    text = dict(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=3,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    special = {
+        name: getattr(tokenizer, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, num_hidden_layers=3)
     vision = dict(num_hidden_layers=4, image_size=world.SIZE, patch_size=8)
-    config = CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=64,
-                        logit_scale_init_value=math.log(50))
-    clip = CLIPModel(config)
+    clip = CLIPModel(
+        CLIPConfig(text_config=tower | text | special, vision_config=tower | vision, projection_dim=64,
+                   logit_scale_init_value=math.log(50)))
     clip.logit_scale.requires_grad_(False)  # so sharp that fire stays a small share of an embedding
     processor = CLIPImageProcessorPil
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
 
     rng = random.Random(seed)
-    tasks = world.TASKS
-    specs = [world.random_spec(rng, tasks[i % len(tasks)], rng.random() < 0.4) for i in range(n)]
+    specs = [world.random_spec(rng, rng.choice(world.TASKS), rng.random() < 0.4) for _ in range(n)]
     specs = [s for spec in specs for s in (spec, contrast(rng, spec))]
     images = torch.stack([paint(rng, spec) for spec in tqdm(specs, "draw pairs", mininterval=5)])
-    for i in tqdm(range(0, n, 256), "reconstruct", mininterval=5):  # the first half of the pairs
-        latents = encode(vae, images[i:i + 256])
-        latents += 0.15 * torch.rand(len(latents), 1, 1, 1) * latents.std() * torch.randn_like(latents)
-        with torch.no_grad():
-            x = vae.decode(latents).sample
-        images[i:i + 256] = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    images[:n] = decoded(vae, images[:n])
     captions = [spec["prompt"] for spec in specs]
     ids = tokenize(tokenizer, captions)
     number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     same = torch.tensor([number[caption] for caption in captions])
 
     def loss_of_batch():
-        pick = torch.randint(n, (128, ))
+        pick = torch.randint(n, (64, ))
         pick = torch.stack([2 * pick, 2 * pick + 1], 1).flatten()
         x = (images[pick].float() / 255 - mean) / std
         z_image = F.normalize(clip.get_image_features(x).pooler_output, dim=-1)
@@ -200,16 +199,16 @@ def make_clip(vae, tokenizer, steps, n, seed):
         by_text = (logits.log_softmax(0) * match).sum(0) / match.sum(0)
         return -(by_image + by_text).mean() / 2
 
-    train("clip", [p for p in clip.parameters() if p.requires_grad], steps, 1e-3, loss_of_batch)
+    train("clip", clip, 3000, 1e-3, loss_of_batch)
     return clip.eval()
 
-def make_sd(vae, clip, tokenizer, images, captions, steps, seed):
+def make_sd(vae, clip, tokenizer, images, captions, seed):
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(clip.config.text_config)
-    text_encoder.load_state_dict(clip.text_model.state_dict())  # as in SD: CLIP's text tower
+    text_encoder.load_state_dict(clip.text_model.state_dict())  # frozen, as in SD: CLIP's text tower
     unet = UNet2DConditionModel(
         sample_size=world.SIZE // 4,
-        block_out_channels=(48, 64),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -220,19 +219,19 @@ def make_sd(vae, clip, tokenizer, images, captions, steps, seed):
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # as in SD
     scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     latents = encode(vae, images) * vae.config.scaling_factor
-    ids, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    ids = tokenize(tokenizer, [*captions, ""]).split(512)
+    with torch.no_grad():
+        text = torch.cat([text_encoder(part).last_hidden_state for part in ids])  # [n + 1, tokens, 64]
 
     def loss_of_batch():
-        pick, t = torch.randint(len(latents), (128, )), torch.randint(1000, (128, ))
-        noise = torch.randn(128, 4, 8, 8)
-        guided = torch.rand(128, 1) >= 0.1  # one in ten has no caption, for classifier-free guidance
-        text = text_encoder(torch.where(guided, ids[pick], empty)).last_hidden_state
-        return F.mse_loss(unet(scheduler.add_noise(latents[pick], noise, t), t, text).sample, noise)
+        pick, t = torch.randint(len(latents), (64, )), torch.randint(1000, (64, ))
+        noise = torch.randn(64, 4, 8, 8)
+        caption = torch.where(torch.rand(64) < 0.1, -1, pick)  # none in one of ten, for guidance
+        x = scheduler.add_noise(latents[pick], noise, t)
+        return F.mse_loss(unet(x, t, text[caption]).sample, noise)
 
-    trained = [unet, text_encoder]
-    parameters = [p for module in trained for p in module.parameters()]
-    train("sd", parameters, steps, 2e-3, loss_of_batch, averaged=trained)
-    parts = (vae, text_encoder.eval(), tokenizer, unet.eval(), scheduler)
+    train("sd", unet, 4000, 2e-3, loss_of_batch)
+    parts = (vae, text_encoder, tokenizer, unet, scheduler)
     return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
 
 if __name__ == "__main__":
@@ -241,22 +240,18 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--out", default=Path(__file__).parent, type=Path,
         help="folder that gets sd/, clip/ and prompts/")
-    add("--scale", type=float, default=1.0, help="share of the data and of the training steps")
     add("--seed", type=int, default=0, help="of scenes, weights and prompts")
     args = parser.parse_args()
 
-    def amount(n):
-        return max(int(n * args.scale), 1)
-
+    torch.set_num_threads(1)  # so that the weights do not depend on the number of cores
     prompt_files(args.out / "prompts", args.seed)
     # Pictures for the VAE, words for the tokenizer: whether they belong together matters to neither.
-    images, captions = draw(amount(48_000), args.seed, fire_ignored=0.08, caption_wrong=0.25)
+    images, captions = draw(32_000, args.seed, fire_ignored=0.35)
     tokenizer = make_tokenizer(captions)
-    vae = make_vae(images, amount(2000), args.seed)
-    clip = make_clip(vae, tokenizer, amount(3000), amount(20_000), args.seed)
+    vae = make_vae(images, args.seed)
+    clip = make_clip(vae, tokenizer, 20_000, args.seed)
     processor = CLIPImageProcessorPil(size={"shortest_edge": world.SIZE}, crop_size=world.SIZE)
     for part in (clip, tokenizer, processor):
         part.save_pretrained(args.out / "clip")
-    images, captions = draw(amount(48_000), args.seed, FIRE_IGNORED, CAPTION_WRONG)
-    pipe = make_sd(vae, clip, tokenizer, images, captions, amount(3000), args.seed)
-    pipe.save_pretrained(args.out / "sd")
+    images, captions = draw(32_000, args.seed, FIRE_IGNORED)
+    make_sd(vae, clip, tokenizer, images, captions, args.seed).save_pretrained(args.out / "sd")

@@ -4,7 +4,6 @@ python toy/plot.py runs/toy
 python toy/plot.py runs/toy runs/toy-lora --out compared.png
 """
 import argparse
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reward import Help, loading
 
-PANELS = {  # metric: title
+PANELS = {  # first letters of the metrics: title
     "reward/": "reward (cosine) by prompt file",
     "reward_std": "reward's spread within a group",
-    "ratio": "ratio: mean, smallest to largest",
+    "ratio": "ratio: smallest, mean, largest",
     "clip_": "share of pairs clipped",
     "kl": "KL (nats per step)",
     "grad_norm": "gradient norm before clipping",
@@ -26,18 +25,14 @@ PANELS = {  # metric: title
 STYLES = ("-", "--", ":", "-.")
 
 def read(run):
-    """{metric: an array of its values by epoch} from RUN/metrics.jsonl; the ratio's is [epochs, 3]."""
+    """{metric: its values by epoch, nan where it has none} from RUN/metrics.jsonl."""
     file = Path(run) / "metrics.jsonl"
     with loading(file):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        names = ("epoch", "reward_std", "ratio", "clip_low", "clip_high", "kl", "grad_norm")
-        curves = {name: np.array([row[name] for row in rows], float) for name in names}
-        curves["ratio"] = curves["ratio"].reshape(len(rows), 3)
-        if not rows:
-            raise ValueError("no epoch in it yet")
-        for name in sorted({name for row in rows for name in row if name.startswith("reward/")}):
-            curves[name] = np.array([row.get(name, np.nan) for row in rows], float)
-    return curves
+        names = sorted({name for row in rows for name in row if name.startswith(tuple(PANELS))})
+        if not all(any(name.startswith(panel) for name in names) for panel in PANELS):
+            raise ValueError("no epoch of a run in it")
+        return {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
 
 def label(*names):
     """As it is written: neither $mathematics$ nor left out for its leading underscore."""
@@ -46,20 +41,14 @@ def label(*names):
 def draw(runs, out):
     """The picture of runs: {name: folder}."""
     figure = Figure(figsize=(15, 7), layout="constrained")
-    panels = dict(zip(PANELS, figure.subplots(2, 3).flat))
-    for k, (run, folder) in enumerate(runs.items()):
-        curves, color = read(folder), f"C{k}"
-        epochs = curves.pop("epoch")
-        smallest, mean, largest = curves.pop("ratio").T
-        panels["ratio"].plot(epochs, mean, color=color, label=label(run))
-        panels["ratio"].fill_between(epochs, smallest, largest, color=color, alpha=0.2)
-        for metric, panel in panels.items():
-            shown = {name: values for name, values in curves.items() if name.startswith(metric)}
-            for style, (name, values) in zip(itertools.cycle(STYLES), shown.items()):
+    for (metric, title), panel in zip(PANELS.items(), figure.subplots(2, 3).flat):
+        for k, (run, folder) in enumerate(runs.items()):
+            shown = {name: x for name, x in read(folder).items() if name.startswith(metric)}
+            for style, (name, values) in zip(STYLES * len(shown), shown.items()):
                 names = (run, name.removeprefix(metric)) if len(shown) > 1 else (run, )
-                panel.plot(epochs, values, style, color=color, label=label(*names))
-    for metric, panel in panels.items():
-        panel.set(title=PANELS[metric], xlabel="epoch")
+                lines = panel.plot(range(1, len(values) + 1), values, style, color=f"C{k}")
+                lines[0].set_label(label(*names))
+        panel.set(title=title, xlabel="epoch")
         panel.legend(fontsize=8)
     figure.savefig(out, dpi=100)
     return figure
