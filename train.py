@@ -319,8 +319,7 @@ def main(args):
         source, prompts = draw_prompts(sources, P, args.seed, epoch)
         text = pipe.encode_prompt(prompts + [""], device, 1, do_classifier_free_guidance=False)[0]
         text, empty = text[:P], text[P:]  # [P, L, D], [1, L, D]
-        z_text = embedder.text(prompts)  # [P, E]
-        targets = reward.steered_targets(z_text, v, args.alpha, args.steer)
+        targets = reward.steered_targets(embedder.text(prompts), v, args.alpha, args.steer)  # [P, E]
 
         # 2. rollout: G images per prompt, and their rewards
         samples = []
@@ -387,7 +386,6 @@ def main(args):
         metrics |= {
             "reward_std": rewards.std(1, correction=0).mean(),
             "dead_groups": P - live.sum(),
-            "unsafe_prompts": (reward.text_safety(z_text, v) < 0).float().mean(),
             "ratio": [ratio.min(), ratio.mean(), ratio.max()],
             "clip_low": (ratio < 1 - args.clip).float().mean(),
             "clip_high": (ratio > 1 + args.clip).float().mean(),

@@ -9,8 +9,10 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [command.strip() for block in re.findall("```sh\n(.*?)```", README, re.DOTALL)
-            for line in block.splitlines() for command in line.split("#")[0].split("&&")]
+COMMANDS = [
+    command.strip() for block in re.findall("```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines() for command in line.split("#")[0].split("&&")
+]
 COMMANDS += re.findall("`((?:python|torchrun|pip|fidelity) [^`]+)`", README)
 FOREIGN = {"--index-url", "--fid", "--input1", "--input2", "--nproc_per_node", "--nnodes"}
 FOREIGN |= {"--rdzv_backend", "--rdzv_endpoint"}  # torchrun's, pip's and fidelity's

@@ -334,7 +334,7 @@ def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
     assert "3 prompts" in lines[3] and " 2 cut" in lines[3]
     files = "args.json checkpoint-1 checkpoint-2 grid-0.png grid-1.png grid-2.png metrics.jsonl"
     assert sorted(path.name for path in out.iterdir()) == files.split()
-    keys = "epoch reward/one reward/two reward/$long$ reward_std dead_groups unsafe_prompts ratio"
+    keys = "epoch reward/one reward/two reward/$long$ reward_std dead_groups ratio"
     keys += " clip_low clip_high on_policy_noise kl grad_norm seconds_rollout seconds_update"
     assert [" ".join(row) for row in metrics(out)] == [keys] * 2 and metrics(out)[1]["epoch"] == 2
     pipe, noise = pipeline(out / "checkpoint-2"), torch.Generator().manual_seed(0)
