@@ -321,7 +321,9 @@ def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "draw_grid", DRAW_GRID)
     calm, long = "a photo of " + ", ".join(["a red circle"] * 30), tmp_path / "$long$.csv"
     long.write_text(f'prompt\n"{calm}, on fire"\n"{calm}"\n""\na circle\n')
-    out = run("run", prompts=[tiny / "one.txt", tiny / "two.txt", long], prompts_per_epoch=3, updates=3)
+    (tmp_path / "one.txt").write_text("a circle on fire")  # which s(p) < 0 cannot split
+    files = [tmp_path / "one.txt", tiny / "two.txt", long]
+    out = run("run", prompts=files, prompts_per_epoch=3, updates=3)
     lines = capsys.readouterr().out.splitlines()
     count = sum(w.numel() for w in weights(tiny / "sd").values())
     parts = "3 prompts", "3 images", "3 steps", "3 update", "9 pairs", "4 per", f"{count:,} weights"
