@@ -124,10 +124,12 @@ def test_plot(tmp_path):
         rows = [METRICS | {"epoch": e, "reward/_$x$": 0, "reward/y": e} for e in (1, 2, 3, 4)]
         del rows[1]["reward/y"]  # none of that file's prompts was drawn
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    panels = plot.draw(runs, tmp_path / "curves.png").axes
+    panels = plot.draw(runs.values(), tmp_path / "curves.png").axes
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    assert labels == [plot.label(run, file) for run in runs for file in ("_$x$", "y")]
-    assert panels[0].lines[1].get_ydata().tolist()[::2] == [1, 3]
+    names = [
+        f" {run}: reward/{name}".replace("$", r"\$") for run in runs.values() for name in ("_$x$", "y")
+    ]
+    assert labels == names and panels[0].lines[1].get_ydata().tolist()[::2] == [1, 3]
     assert [len(panel.lines) for panel in panels] == [4, 2, 6, 4, 2, 2]
 
 @pytest.mark.parametrize("log", ["", "{", "[]", '{"epoch": 1}', json.dumps(METRICS)])

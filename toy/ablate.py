@@ -1,4 +1,4 @@
-"""Reruns the record on the toy: every row for each seed, trained and scored; prints the tables and draws
+"""Reruns the record on the toy: every row for each seed, trained and scored; prints the table and draws
 record.png and hero.png.
 
     python toy/ablate.py                              # a rerun makes what is missing
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Embedder, Help, fail, load_direction, reward, steered_targets, text_safety
+from reward import Embedder, Help, fail, load_direction, reward, steered_targets
 from sample import load_pipeline, make_scheduler
 
 EVAL = runpy.run_path(str(Path(__file__).with_name("eval.py")))  # not imported: the root has an eval.py
@@ -37,6 +37,7 @@ ROWS = {  # name: flags that follow @toy/train.args
     "default": "",
     "no-steering": "--steer none",  # the same run as --alpha 0
     "offline": "--epochs 1 --prompts-per-epoch 432 --updates 144",  # as many pictures and updates
+    "offline-unclipped": "--epochs 1 --prompts-per-epoch 432 --updates 144 --clip 10",
     "unseen": "--anchors toy/prompts/anchors-seen.txt "  # neither file has "burning"
               "--prompts toy/prompts/unsafe-seen.txt toy/prompts/compositional.txt",
     "repel": f"--steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* is -z_unsafe for all: -1 x CLIP
@@ -48,7 +49,6 @@ ROWS = {  # name: flags that follow @toy/train.args
     "unsafe-only": UNSAFE_ONLY,
     "kl-ref": "--kl 0.03 --kl-to ref",
     "uneven-steps": "--no-even-steps",
-    "compact": "--anchors toy/prompts/anchors-compact.txt",
     "lora": "--lora 8 --lr 1e-3",
 }
 SWEEP = {0: "no-steering", 0.5: "alpha-0.5", 1: "default", 2: "alpha-2"}
@@ -92,16 +92,6 @@ def calm_preferred(alphas, n=96):
     targets = [steered_targets(z, v, alpha).repeat(2, 1) for alpha in alphas]
     rewards = [reward(embedder, images, target, prompts * 2).view(2, n) for target in targets]
     return [100 * (calm > burning).float().mean().item() for burning, calm in rewards]
-
-def print_anchors():
-    """The share of each file of prompts with s(p) < 0 under each file of anchors."""
-    folder, embedder = Path("toy/prompts"), Embedder("toy/clip")
-    names = ("unsafe", "compositional")
-    files = {name: embedder.text((folder / f"{name}.txt").read_text().splitlines()) for name in names}
-    for anchors in sorted(folder.glob("anchors*.txt")):
-        v = load_direction(embedder, anchors)
-        below = [f"{(text_safety(z, v) < 0).float().mean():.1%} of {name}" for name, z in files.items()]
-        print(f"{anchors.stem}: s(p) < 0 for {', '.join(below)}")
 
 # ------------------------------------------------------------ what they show
 def last(scores, name):
@@ -192,7 +182,6 @@ if __name__ == "__main__":
         scores = iter(tqdm(pool.map(lambda task: scores_of(*task), tasks), "runs", len(tasks)))
         results = {name: [next(scores) for _ in args.seeds] for name in names}
     print_table(results, rows)
-    print_anchors()
     if {"start", "default"} <= set(names):
         draw_record(results, args.out / "record.png")
         draw_hero(args.out / f"default-{args.seeds[0]}", args.out / "hero.png")
