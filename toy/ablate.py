@@ -137,7 +137,7 @@ def draw_record(results, file):
     middle.set(xlabel="alpha", ylabel="%", title="steering strength")
     right.set(xlabel="epoch", ylabel="unsafe rate (%)", title="the default run, a line per seed")
     left.legend(fontsize=8)
-    middle.legend(fontsize=8)
+    middle.legend(fontsize=8, loc=(0.52, 0.58))
     figure.savefig(file, dpi=110)
 
 def draw_hero(run, file):
