@@ -1,4 +1,4 @@
-"""Reruns the record on the toy: every row for each seed, trained and scored; prints the tables and draws
+"""Reruns the record on the toy: every row for each seed, trained and scored; prints the table and draws
 record.png and hero.png.
 
     python toy/ablate.py                              # a rerun makes what is missing
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Embedder, Help, fail, load_direction, reward, steered_targets, text_safety
+from reward import Embedder, Help, fail, load_direction, reward, steered_targets
 from sample import load_pipeline, make_scheduler
 
 EVAL = runpy.run_path(str(Path(__file__).with_name("eval.py")))  # not imported: the root has an eval.py
@@ -37,6 +37,7 @@ ROWS = {  # name: flags that follow @toy/train.args
     "default": "",
     "no-steering": "--steer none",  # the same run as --alpha 0
     "offline": "--epochs 1 --prompts-per-epoch 432 --updates 144",  # as many pictures and updates
+    "offline-unclipped": "--epochs 1 --prompts-per-epoch 432 --updates 144 --clip 10",
     "unseen": "--anchors toy/prompts/anchors-seen.txt "  # neither file has "burning"
               "--prompts toy/prompts/unsafe-seen.txt toy/prompts/compositional.txt",
     "repel": f"--steer always --alpha 1e6 {UNSAFE_ONLY}",  # z* is -z_unsafe for all: -1 x CLIP
@@ -48,11 +49,11 @@ ROWS = {  # name: flags that follow @toy/train.args
     "unsafe-only": UNSAFE_ONLY,
     "kl-ref": "--kl 0.03 --kl-to ref",
     "uneven-steps": "--no-even-steps",
-    "compact": "--anchors toy/prompts/anchors-compact.txt",
     "lora": "--lora 8 --lr 1e-3",
 }
 SWEEP = {0: "no-steering", 0.5: "alpha-0.5", 1: "default", 2: "alpha-2"}
 NAMED = ("start", "default", "no-steering", "steer-always", "repel", "unsafe-only", "offline", "alpha-2")
+TAGS = ("single_object", "counting", "colors", "position")
 FIGURES = ("unsafe_rate", "burning", "content_kept", "false_rate", "near_kept", "composition")
 
 def run(log, *command):
@@ -65,7 +66,7 @@ def number(path):
     """N of checkpoint-N; 0 of toy/sd."""
     return int(re.sub(r"\D", "", Path(path).name) or 0)
 
-def scores_of(out, flags, seed, n):
+def scores_of(out, flags, seed):
     """{epoch: scores} of the run in folder `out`, trained and scored unless it has been already: of its
     last checkpoint, for the default run of all."""
     file, models, log = out / "scores.json", ["toy/sd"], f"{out}.log"
@@ -76,7 +77,7 @@ def scores_of(out, flags, seed, n):
             checkpoints = sorted(out.glob("checkpoint-*"), key=number)[0 if flags == "" else -1:]
             models = [*models, "--lora", *checkpoints] if "--lora" in flags else checkpoints
         out.mkdir(parents=True, exist_ok=True)
-        run(log, "toy/eval.py", *models, "--seed", seed, "--n", n, "--out", file)
+        run(log, "toy/eval.py", *models, "--seed", seed, "--out", file)
     return {number(model): scores for model, scores in json.loads(file.read_text()).items()}
 
 def calm_preferred(alphas, n=96):
@@ -91,16 +92,6 @@ def calm_preferred(alphas, n=96):
     targets = [steered_targets(z, v, alpha).repeat(2, 1) for alpha in alphas]
     rewards = [reward(embedder, images, target, prompts * 2).view(2, n) for target in targets]
     return [100 * (calm > burning).float().mean().item() for burning, calm in rewards]
-
-def print_anchors():
-    """The share of each file of prompts with s(p) < 0 under each file of anchors."""
-    folder, embedder = Path("toy/prompts"), Embedder("toy/clip")
-    names = ("unsafe", "compositional")
-    files = {name: embedder.text((folder / f"{name}.txt").read_text().splitlines()) for name in names}
-    for anchors in sorted(folder.glob("anchors*.txt")):
-        v = load_direction(embedder, anchors)
-        below = [f"{(text_safety(z, v) < 0).float().mean():.1%} of {name}" for name, z in files.items()]
-        print(f"{anchors.stem}: s(p) < 0 for {', '.join(below)}")
 
 # ------------------------------------------------------------ what they show
 def last(scores, name):
@@ -146,23 +137,24 @@ def draw_record(results, file):
     middle.set(xlabel="alpha", ylabel="%", title="steering strength")
     right.set(xlabel="epoch", ylabel="unsafe rate (%)", title="the default run, a line per seed")
     left.legend(fontsize=8)
-    middle.legend(fontsize=8)
+    middle.legend(fontsize=8, loc=(0.52, 0.58))
     figure.savefig(file, dpi=110)
 
-def draw_hero(trained, file):
-    """The start model above the trained one, same noise, on the first test prompts that the trained
-    model gets right: four that burnt before, four benign ones that were wrong."""
-    specs = [spec for unsafe in (True, False) for spec in world.specs(96, 0, True, unsafe)]
+def draw_hero(run, file):
+    """The start model above the trained one, same noise, on the first test prompt of four tasks that the
+    trained model gets right: one that burnt before, and a benign one that was wrong."""
+    specs = [spec for unsafe in (True, False) for spec in world.specs(192, 0, True, unsafe)]
     seen = []
-    for model in ("toy/sd", trained):
+    for model in ("toy/sd", max(run.glob("checkpoint-*"), key=number)):
         pipe = load_pipeline(model)
         pipe.scheduler = make_scheduler(pipe, 10)
         images = EVAL["draw"](pipe, specs, 0, 10, 1.0)
         seen.append((images, *EVAL["score"](specs, images)))
     (before, fire, kept), (after, still, right) = seen
-    mended = right & ~still & (fire | ~kept)
-    burnt = np.array([spec["unsafe"] for spec in specs])
-    shown = [*(mended & burnt & fire).nonzero()[0][:4], *(mended & ~burnt).nonzero()[0][:4]]
+    unsafe = np.array([spec["unsafe"] for spec in specs])
+    burnt, wrong = (right & ~still & was for was in (unsafe & fire, ~unsafe & ~kept))
+    tags = np.array([spec["tag"] for spec in specs])
+    shown = [(case & (tags == tag)).argmax() for case in (burnt, wrong) for tag in TAGS]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for column, i in zip(figure.subplots(2, 8, subplot_kw=dict(xticks=[], yticks=[])).T, shown):
         for panel, images in zip(column, (before, after)):
@@ -178,19 +170,18 @@ if __name__ == "__main__":
     add("--rows", nargs="+", default=list(ROWS), help="names of rows, or name=FLAGS for one of your own")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of training and scoring")
     add("--jobs", type=int, default=2, help="runs at once, one core each")
-    add("--n", type=int, default=384, help="images per rate")
     add("--out", type=Path, default="runs/ablations", help="folder of the runs and pictures")
     args = parser.parse_args()
-    rows = dict(row.split("=", 1) if "=" in row else (row, ROWS.get(row, row)) for row in args.rows)
-    if unknown := [name for name in rows if rows[name] == name]:
-        fail(f"--rows {unknown[0]}: give name=FLAGS, or of {', '.join(ROWS)}")
-    tasks = [(args.out / f"{row}-{s}", rows[row], s, args.n) for row in rows for s in args.seeds]
+    rows = ROWS | dict(row.split("=", 1) for row in args.rows if "=" in row)
+    names = [row.split("=")[0] for row in args.rows]
+    if unknown := set(names) - set(rows):
+        fail(f"--rows {' '.join(unknown)}: give name=FLAGS, or of {', '.join(ROWS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    tasks = [(args.out / f"{name}-{seed}", rows[name], seed) for name in names for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        scores = list(tqdm(pool.map(lambda task: scores_of(*task), tasks), "runs", len(tasks)))
-    results = {row: scores[i * len(args.seeds):][:len(args.seeds)] for i, row in enumerate(rows)}
+        scores = iter(tqdm(pool.map(lambda task: scores_of(*task), tasks), "runs", len(tasks)))
+        results = {name: [next(scores) for _ in args.seeds] for name in names}
     print_table(results, rows)
-    print_anchors()
-    if {"start", "default"} <= set(rows):
+    if {"start", "default"} <= set(names):
         draw_record(results, args.out / "record.png")
-        run = args.out / f"default-{args.seeds[0]}"
-        draw_hero(max(run.glob("checkpoint-*"), key=number), args.out / "hero.png")
+        draw_hero(args.out / f"default-{args.seeds[0]}", args.out / "hero.png")

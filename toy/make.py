@@ -1,11 +1,9 @@
-"""Makes the toy world's models and prompt files: draws scenes and trains a VAE, a CLIP, and a text
-encoder with a UNet on them.
+"""Makes the toy world's models and prompt files: draws scenes and trains a VAE, a CLIP and a UNet.
 
-    python toy/make.py        # about 20 minutes on 2 CPU cores; writes toy/sd, toy/clip and toy/prompts
+    python toy/make.py        # writes toy/sd, toy/clip and toy/prompts; TIME on one core
 
-toy/sd is a StableDiffusionPipeline folder and toy/clip a CLIPModel folder, both of the true classes, so
-that train.py, sample.py and reward.py load them by path as they would Stable Diffusion. The captions of
-the UNet's training data are noisy on purpose, as captions from the web are: the start model obeys
+toy/sd is a StableDiffusionPipeline folder and toy/clip a CLIPModel folder, both of the true classes. The
+captions that the UNet learns are noisy on purpose, as captions from the web are: the start model obeys
 imperfectly, and GRPO has something to explore.
 """
 import argparse
@@ -26,8 +24,8 @@ import world
 
 MAX_TOKENS = 16  # the longest caption has 13 words, plus start and end
 FIRE_IGNORED = 0.09  # share of burning captions whose picture is calm
-NOISE = 0.15  # most that is added to latents of CLIP's training images, in their standard deviations
 CAPTION_WRONG = 0.15  # share of captions whose picture shows another scene of the same task
+NOISE = 0.15  # most that is added to latents of CLIP's training images, in their standard deviations
 
 # ------------------------------------------------------------ data
 def draw(n, seed, fire_ignored):
@@ -58,31 +56,26 @@ def contrast(rng, spec):
 
 def prompt_files(folder, seed):
     """Training prompts (never a test prompt), test prompts for sample.py, and the safety direction's
-    anchors. Files called seen lack the last wording of the harm."""
-    def write(name, lines):
-        (folder / f"{name}.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    anchors. The files called seen lack the last wording of the harm."""
+    def prompts(test, unsafe):
+        return [spec["prompt"] for spec in world.specs(1200, seed, test, unsafe)]
 
-    def seen(lines):
-        return [line for line in lines if not line.endswith(world.UNSAFE[-1])]
-
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds = {"unsafe": (False, True), "compositional": (False, False), "test-unsafe": (True, True)}
-    prompts = {
-        name: [s["prompt"] for s in world.specs(1200, seed, *kind)]
-        for name, kind in kinds.items()
-    }
-    for name, lines in prompts.items():
-        write(name, lines)
-    sides = {"+": world.SAFE, "-": world.UNSAFE}
-    anchors = [f"{sign} a {s}{words}" for sign in sides for s in world.SHAPES for words in sides[sign]]
+    sides = {"+": world.SAFE, "-": world.UNSAFE}.items()
     # Few anchors must differ in all but the harm: of one shape each, they would mean it more than fire.
     things = ("a circle", "a square and a triangle", "four triangles")
-    compact = [f"{sign} {t}{words}" for sign in sides for t, words in zip(things, sides[sign])]
-    write("unsafe-seen", seen(prompts["unsafe"]))
-    write("anchors", anchors)
-    write("anchors-seen", seen(anchors))
-    write("anchors-compact", compact)
-    write("anchors-unsafe-only", compact[len(things):])
+    files = {
+        "unsafe": prompts(False, True),
+        "compositional": prompts(False, False),
+        "test-unsafe": prompts(True, True),
+        "anchors": [f"{sign} a {s}{w}" for sign, ends in sides for s in world.SHAPES for w in ends],
+        "anchors-compact": [f"{sign} {t}{w}" for sign, ends in sides for t, w in zip(things, ends)],
+    }
+    files["anchors-unsafe-only"] = [line for line in files["anchors-compact"] if line[0] == "-"]
+    for name in ("unsafe", "anchors"):
+        files[f"{name}-seen"] = [p for p in files[name] if not p.endswith(world.UNSAFE[-1])]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (folder / f"{name}.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
 
 # ------------------------------------------------------------ the tokenizer
 def make_tokenizer(captions):
@@ -164,14 +157,12 @@ def make_clip(vae, tokenizer, n, seed):
     noise, since rewards are given to decoded latents."""
     torch.manual_seed(seed)
     tower = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, hidden_act="gelu")
-    special = {
-        name: getattr(tokenizer, name)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id)
     text = dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, num_hidden_layers=3)
     vision = dict(num_hidden_layers=4, image_size=world.SIZE, patch_size=8)
     clip = CLIPModel(
-        CLIPConfig(text_config=tower | text | special, vision_config=tower | vision, projection_dim=64,
+        CLIPConfig(text_config=tower | text | ends, vision_config=tower | vision, projection_dim=64,
                    logit_scale_init_value=math.log(50)))
     clip.logit_scale.requires_grad_(False)  # so sharp that fire stays a small share of an embedding
     processor = CLIPImageProcessorPil
@@ -235,12 +226,9 @@ def make_sd(vae, clip, tokenizer, images, captions, seed):
     return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", default=Path(__file__).parent, type=Path,
-        help="folder that gets sd/, clip/ and prompts/")
-    add("--seed", type=int, default=0, help="of scenes, weights and prompts")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="gets the folders")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and prompts")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # so that the weights do not depend on the number of cores

@@ -1,6 +1,5 @@
 """Draws the curves of one or several runs of train.py, each run in its own colour.
 
-python toy/plot.py runs/toy
 python toy/plot.py runs/toy runs/toy-lora --out compared.png
 """
 import argparse
@@ -24,32 +23,25 @@ PANELS = {  # first letters of the metrics: title
 }
 STYLES = ("-", "--", ":", "-.")
 
-def read(run):
-    """{metric: its values by epoch, nan where it has none} from RUN/metrics.jsonl."""
-    file = Path(run) / "metrics.jsonl"
-    with loading(file):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        names = sorted({name for row in rows for name in row if name.startswith(tuple(PANELS))})
-        if not all(any(name.startswith(panel) for name in names) for panel in PANELS):
-            raise ValueError("no epoch of a run in it")
-        return {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
-
-def label(*names):
-    """As it is written: neither $mathematics$ nor left out for its leading underscore."""
-    return " " + ": ".join(names).replace("$", r"\$")
-
 def draw(runs, out):
-    """The picture of runs: {name: folder}."""
+    """The picture of the runs' folders."""
     figure = Figure(figsize=(15, 7), layout="constrained")
-    for (metric, title), panel in zip(PANELS.items(), figure.subplots(2, 3).flat):
-        for k, (run, folder) in enumerate(runs.items()):
-            shown = {name: x for name, x in read(folder).items() if name.startswith(metric)}
-            for style, (name, values) in zip(STYLES * len(shown), shown.items()):
-                names = (run, name.removeprefix(metric)) if len(shown) > 1 else (run, )
-                lines = panel.plot(range(1, len(values) + 1), values, style, color=f"C{k}")
-                lines[0].set_label(label(*names))
-        panel.set(title=title, xlabel="epoch")
-        panel.legend(fontsize=8)
+    panels = figure.subplots(2, 3).ravel()
+    for k, run in enumerate(runs):
+        file = Path(run) / "metrics.jsonl"
+        with loading(file):
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            for panel, (start, title) in zip(panels, PANELS.items()):
+                names = sorted({name for row in rows for name in row if name.startswith(start)})
+                if not names:
+                    raise ValueError(f"no {start} in it")
+                for style, name in zip(STYLES, names):
+                    values = np.array([row.get(name, np.nan) for row in rows], float)
+                    label = f" {run}: {name}".replace("$", r"\$")  # as written, not as mathematics
+                    lines = panel.plot(range(1, len(rows) + 1), values, style, color=f"C{k}")
+                    lines[0].set_label(label)
+                panel.set(title=title, xlabel="epoch")
+                panel.legend(fontsize=8)
     figure.savefig(out, dpi=100)
     return figure
 
@@ -58,4 +50,4 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of train.py")
     parser.add_argument("--out", default="curves.png", help="the picture")
     args = parser.parse_args()
-    draw({run: run for run in args.runs}, args.out)
+    draw(args.runs, args.out)
