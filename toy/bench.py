@@ -255,12 +255,13 @@ if __name__ == "__main__":
     own, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         rest += ["--out", f"{folder}/run"]
+        args = train.parse_args(rest)  # bad flags are told before anything is made
         if own.make:
             make_models(own.make, own.sample_size)
         elif own.memory:
             print_memory(rest)
         elif own.flops:
-            print_flops(train.parse_args(rest), own.shape)
+            print_flops(args, own.shape)
         else:
             if own.shape == "sd14":
                 rest += make_models(Path(folder), own.sample_size)
