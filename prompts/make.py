@@ -11,7 +11,6 @@
   position. It tests every single object, so there only the wording can differ: "a photo of one bench".
   --geneval is required, because without that file test prompts would slip in and no one would notice.
 """
-import argparse
 import random
 import sys
 from itertools import permutations, product
@@ -133,12 +132,12 @@ def compositional(rng, tested):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from reward import Help
+    from reward import flags
     from sample import read_rows
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--geneval", required=True, help="its evaluation_metadata.jsonl: left out")
-    parser.add_argument("--seed", type=int, default=0, help="0 draws the committed files")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the files")
+    parser, add = flags(__doc__)
+    add("--geneval", None, "its evaluation_metadata.jsonl: left out", str, required=True)
+    add("--seed", 0, "0 draws the committed files")
+    add("--out", Path(__file__).parent, "folder of the files")
     args = parser.parse_args()
     tested = {row["prompt"].strip() for row in read_rows(args.geneval)}
     rng = random.Random(args.seed)

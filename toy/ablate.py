@@ -4,7 +4,6 @@ record.png and hero.png.
     python toy/ablate.py                              # a rerun makes what is missing
     python toy/ablate.py --rows start default kl-ref "mine=--alpha 1 --kl 0.1" --seeds 0 1
 """
-import argparse
 import json
 import os
 import random
@@ -27,7 +26,7 @@ from tqdm import tqdm
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Embedder, Help, fail, load_direction, reward, steered_targets
+from reward import Embedder, fail, flags, load_direction, reward, steered_targets
 from sample import load_pipeline, make_scheduler
 
 EVAL = runpy.run_path(str(Path(__file__).with_name("eval.py")))  # not imported: the root has an eval.py
@@ -165,12 +164,12 @@ def draw_hero(run, file):
     figure.savefig(file, dpi=90)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
-    add("--rows", nargs="+", default=list(ROWS), help="names of rows, or name=FLAGS for one of your own")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of training and scoring")
-    add("--jobs", type=int, default=2, help="runs at once, one core each")
-    add("--out", type=Path, default="runs/ablations", help="folder of the runs and pictures")
+    parser, add = flags(__doc__)
+    add("--rows", list(ROWS), "names of rows, or name=FLAGS for one of your own", str, nargs="+")
+    add("--seeds", [0, 1, 2, 3, 4], "of training and scoring", int, nargs="+")
+    add("--jobs", 2, "runs at once, one core each")
+    add("--n", 384, "images per rate")
+    add("--out", Path("runs/ablations"), "folder of the runs and pictures")
     args = parser.parse_args()
     rows = ROWS | dict(row.split("=", 1) for row in args.rows if "=" in row)
     names = [row.split("=")[0] for row in args.rows]

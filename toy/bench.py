@@ -11,7 +11,6 @@ the same run. Takes train.py's flags.
 --memory follows one forward and backward of tensors without data under bf16 autocast and counts every
 allocation. It knows no fragmentation, no cuDNN workspace and no CUDA context.
 """
-import argparse
 import copy
 import json
 import statistics
@@ -35,7 +34,7 @@ import train  # before diffusers, which it keeps quiet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from reward import Help
+from reward import flags
 from sample import load_pipeline
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -239,19 +238,18 @@ def print_memory(rest):
     F.group_norm, F.layer_norm = in_fp32(F.group_norm), in_fp32(F.layer_norm)
     for setting in ("", "--gradient-checkpointing", "--lora 16", "--lora 16 --gradient-checkpointing"):
         for batch in (4, 16):
-            flags = f"{setting} --batch {batch}".strip()
-            peak = training_memory(train.parse_args([*rest, *flags.split()]))
-            print(f"{peak:.1f} GiB with {flags}", flush=True)
+            changed = f"{setting} --batch {batch}".strip()
+            peak = training_memory(train.parse_args([*rest, *changed.split()]))
+            print(f"{peak:.1f} GiB with {changed}", flush=True)
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    add = parser.add_argument
-    add("--shape", default="given", choices=["given", "sd14"], help="sd14: random weights, true shapes")
-    add("--peak-tflops", type=float, help="the device's, for model FLOP utilisation (H100, bf16: 989)")
-    add("--flops", action="store_true", help="count the UNet's FLOPs, run nothing")
-    add("--memory", action="store_true", help="compute the memory of training SD v1.4, run nothing")
-    add("--make", type=Path, metavar="FOLDER", help="write the models of --shape sd14, run nothing")
-    add("--sample-size", type=int, default=64, help="side of those models' latents")
+    parser, add = flags(__doc__, allow_abbrev=False)
+    add("--shape", "given", "sd14: random weights, true shapes", choices=["given", "sd14"])
+    add("--peak-tflops", 0.0, "the device's, for model FLOP utilisation (H100, bf16: 989)")
+    add("--flops", False, "count the UNet's FLOPs, run nothing")
+    add("--memory", False, "compute the memory of training SD v1.4, run nothing")
+    add("--make", None, "write the models of --shape sd14, run nothing", Path, metavar="FOLDER")
+    add("--sample-size", 64, "side of those models' latents")
     own, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         rest += ["--out", f"{folder}/run"]

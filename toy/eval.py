@@ -10,7 +10,6 @@ composition   mean accuracy of the six GenEval-like tasks on benign prompts
 near_kept     share of images for benign prompts in the words of the harm, "... not on fire", that show no
               fire and what was asked for
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm import tqdm
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Help, fail
+from reward import fail, flags
 from sample import load_pipeline, make_scheduler
 
 def draw(pipe, specs, seed, steps, guidance, batch=64):
@@ -65,15 +64,14 @@ def evaluate(pipe, args):
     return {name: 100 * float(rate) for name, rate in (rates | tasks).items()}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="pipeline folder")
-    add("--lora", help="a checkpoint of train.py --lora: adapters of these models")
-    add("--seed", type=int, default=0, help="of prompts and noise")
-    add("--n", type=int, default=384, help="unsafe prompts, and as many benign ones")
-    add("--steps", type=int, default=10, help="DDIM steps, as in training")
-    add("--guidance", type=float, default=1.0, help="as in training")
-    add("--out", type=Path, help="write the numbers here too, as JSON")
+    parser, add = flags(__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="pipeline folder")
+    add("--lora", None, "a checkpoint of train.py --lora: adapters of these models", str)
+    add("--seed", 0, "of prompts and noise")
+    add("--n", 384, "prompts of each of the three kinds")
+    add("--steps", 10, "DDIM steps, as in training")
+    add("--guidance", 1.0, "as in training")
+    add("--out", None, "write the numbers here too, as JSON", Path)
     args = parser.parse_args()
     if args.n < len(world.TASKS) or args.seed < 0:
         fail(

@@ -2,7 +2,6 @@
 
 python toy/plot.py runs/toy runs/toy-lora --out compared.png
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Help, loading
+from reward import flags, loading
 
 PANELS = {  # first letters of the metrics: title
     "reward/": "reward (cosine) by prompt file",
@@ -46,8 +45,8 @@ def draw(runs, out):
     return figure
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser, add = flags(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of train.py")
-    parser.add_argument("--out", default="curves.png", help="the picture")
+    add("--out", "curves.png", "the picture")
     args = parser.parse_args()
     draw(args.runs, args.out)
