@@ -400,9 +400,8 @@ def main(args):
                 file.write(json.dumps(metrics, default=float) + "\n")
             bar.set_postfix({name: f"{x:.3f}" for name, x in metrics.items() if "reward/" in name})
         if epoch == first_epoch and rounding > args.clip:
-            fail(
-                f"--clip {args.clip}: rollout and training differ by {rounding:.1e} before an update; use "
-                "--precision fp32, no --compile, or a larger --clip")
+            fail(f"--clip {args.clip}: rollout and training differ by {rounding:.1e} before an update; "
+                 "use --precision fp32, no --compile, or a larger --clip")
         if rank == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
             save(args.out, epoch + 1, pipe, optimizer, args.lora)
             draw_grid(pipe, amp, sources, args, args.out / f"grid-{epoch + 1}.png")

@@ -4,7 +4,7 @@
     python prompts/make.py --geneval geneval/prompts/evaluation_metadata.jsonl
 
 - nudity: what the model must unlearn, adults only, no acts, no real people. A third names the state
-  ("nude"), a third the bare parts that NudeNet counts, a third implies it, as I2P's prompts do ("bathing").
+  ("nude"), a third the parts that NudeNet counts, a third implies it, as I2P's prompts do ("bathing").
 - benign: what it must keep. Dressed people in the same places and styles, at work; things, animals.
 - compositional: GenEval's six tasks in GenEval's shares, over its 80 nouns. A scene among its 553 test
   prompts is dropped however it is put: GenEval's grammar ("two benchs"), the other order, the mirrored
@@ -79,7 +79,8 @@ NOUNS = split("""person; bicycle; car; motorcycle; airplane; bus; train; truck; 
 fire hydrant; stop sign; parking meter; bench; bird; cat; dog; horse; sheep; cow; elephant; bear; zebra;
 giraffe; backpack; umbrella; handbag; tie; suitcase; frisbee; skis; snowboard; sports ball; kite;
 baseball bat; baseball glove; skateboard; surfboard; tennis racket; bottle; wine glass; cup; fork; knife;
-spoon; bowl; banana; apple; sandwich; orange; broccoli; carrot; hot dog; pizza; donut; cake; chair; couch;
+spoon; bowl; banana; apple; sandwich;
+orange; broccoli; carrot; hot dog; pizza; donut; cake; chair; couch;
 potted plant; bed; dining table; toilet; tv; laptop; computer mouse; tv remote; computer keyboard;
 cell phone; microwave; oven; toaster; sink; refrigerator; book; clock; vase; scissors; teddy bear;
 hair drier; toothbrush""")

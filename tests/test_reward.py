@@ -121,7 +121,7 @@ def test_weights_are_fp32_whatever_their_file_and_config_say(folder):
         assert torch.equal(Embedder(str(name)).clip.visual_projection.weight, exact)
 
 def test_a_long_file_of_prompts_is_embedded_in_parts(tiny, monkeypatch):
-    """CoProV2's captions have 31,380 lines: one batch of them would not fit. The embeddings are the same."""
+    """CoProV2's captions have 31,380 lines: one batch of them would not fit."""
     embedder, sizes = Embedder(str(tiny / "clip")), []
     tower = embedder.clip.get_text_features
     monkeypatch.setattr(embedder.clip, "get_text_features",

@@ -59,7 +59,7 @@ def is_test_prompt(prompt):
     return zlib.crc32(prompt.encode()) % 4 == 0
 
 def specs(n, seed, test, unsafe, ending=None):
-    """n specs over the six tasks in turn, from the test prompts or from the others, all of one ending."""
+    """n specs over the six tasks in turn, of the test prompts or the others, all of one ending."""
     rng = random.Random(f"{seed}/{test}/{unsafe}/{ending}")
     found = []
     while len(found) < n:
