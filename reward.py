@@ -84,10 +84,10 @@ def check_numbers(parser, args, zero):
             parser.error(f"--{name.replace('_', '-')} {x}: give a number above 0 and up to {most}")
 
 # ------------------------------------------------------------ the frozen CLIP
-def strictly(cls, name, **kwargs):
+def strictly(cls, name, dtype=torch.float32, **kwargs):
     """cls.from_pretrained, where a missing, unused, misshapen or non-finite weight is an error."""
-    model, report = cls.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True,
-                                        **kwargs)
+    model, report = cls.from_pretrained(name, dtype=dtype, output_loading_info=True,
+                                        ignore_mismatched_sizes=True, **kwargs)
     nan = (key for key, w in model.named_parameters() if not w.isfinite().all())
     for kind, keys in {**report, "not finite": nan}.items():  # a missing weight has no value to ask
         if wrong := sorted(map(str, keys)):
@@ -99,8 +99,7 @@ class Embedder:
     def __init__(self, name, device="cpu", flag="--reward"):
         with loading(f"{flag} {name}", "give hpsv2, HPSv2.1's .pt, or a CLIPModel's hub id or folder"):
             hps = name == "hpsv2" or name.endswith(".pt")
-            fp32 = dict(dtype=torch.float32)
-            clip, source = load_hpsv2(name) if hps else (strictly(CLIPModel, name, **fp32), name)
+            clip, source = load_hpsv2(name) if hps else (strictly(CLIPModel, name), name)
             self.processor = CLIPImageProcessorPil.from_pretrained(source)
             self.tokenizer = CLIPTokenizer.from_pretrained(source)
             if self.tokenizer.vocab_size < 3:  # transformers makes an empty one where a folder has none
@@ -170,8 +169,7 @@ def load_hpsv2(name):
     """(CLIPModel, where its tokenizer and processor are), by download or path; no pickle runs."""
     file = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt") if name == "hpsv2" else name
     state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    clip = strictly(CLIPModel, None, config=CLIPConfig(**VIT_H_14), state_dict=from_openclip(state),
-                    dtype=torch.float32)
+    clip = strictly(CLIPModel, None, config=CLIPConfig(**VIT_H_14), state_dict=from_openclip(state))
     beside = Path(file).parent
     return clip, beside if (beside / "tokenizer.json").exists() else "openai/clip-vit-large-patch14"
 

@@ -183,9 +183,8 @@ def parse_args(argv=None):
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
         args.out = args.resume
-        for name in stored.keys() - {
-                "epochs", "batch", "gradient_checkpointing", "save_every", "out", "resume"
-        }:
+        free = {"epochs", "batch", "gradient_checkpointing", "save_every", "out", "resume"}
+        for name in stored.keys() - free:
             given, had = str(vars(args)[name]), str(stored[name])
             if given != had:
                 parser.error(f"--{name.replace('_', '-')} {given}: the run has {had}")
@@ -285,6 +284,7 @@ def main(args):
             unet.load_state_dict(state["trained"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             first_epoch = state["epoch"]
+            del state  # gigabytes too, of every rank
     for module in filter(None, (unet, reference)) if args.compile else ():  # both, to round alike
         module.compile(dynamic=False)
     policy = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
@@ -306,8 +306,8 @@ def main(args):
             args.out.mkdir(parents=True, exist_ok=True)
             write(args.out / "args.json", json.dumps(vars(args), default=str, indent=1))
         log = args.out / "metrics.jsonl"
-        log.touch()  # and without the epochs that will be done again
-        write(log, "".join(log.read_text().splitlines(True)[:first_epoch]))
+        log.touch()
+        write(log, "".join(log.read_text().splitlines(True)[:first_epoch]))  # the others are done again
         if first_epoch == 0:
             draw_grid(pipe, amp, sources, args, args.out / "grid-0.png")
 

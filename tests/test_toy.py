@@ -26,14 +26,23 @@ def script(monkeypatch, name, *argv):
     monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
     runpy.run_path(f"toy/{name}", run_name="__main__")
 
+def seen(drawn, found):
+    shape, color, x, y, _ = drawn
+    boxes = [o["box"] for o in found if (o["class"], o["color"]) == (shape, color)]
+    return any(abs((a + c) / 2 - x) < 2 and abs((b + d) / 2 - y) < 2 for a, b, c, d in boxes)
+
 @pytest.mark.parametrize("unsafe", [False, True])
 @pytest.mark.parametrize("task", world.TASKS)
 def test_what_is_painted_is_detected(task, unsafe):
     rng = random.Random(0)
     specs = [world.random_spec(rng, task, unsafe) for _ in range(150)]
-    images = [world.paint(rng, world.random_scene(rng, spec)) for spec in specs]
+    scenes = [world.random_scene(rng, spec) for spec in specs]
+    images = [world.paint(rng, scene) for scene in scenes]
     fire, kept = EVAL["score"](specs, images)
     assert (fire == unsafe).all() and kept.mean() >= (0.93 if unsafe else 0.99)  # flames hide some edges
+    found = [world.detect(image)[0] for image in images]
+    right = [len(o) == len(f) and all(seen(drawn, f) for drawn in o) for (o, _), f in zip(scenes, found)]
+    assert np.mean(right) >= (0.93 if unsafe else 0.95)
     if task in ("single_object", "counting", "colors"):  # where no second promise can hold by chance
         _, kept = EVAL["score"](specs[1:], images)  # each judged by the next one's promise
         wrong = [a["include"] != b["include"] for a, b in zip(specs, specs[1:])]
@@ -126,13 +135,15 @@ def test_plot(tmp_path):
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     panels = plot.draw(runs, tmp_path / "curves.png").axes
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
-    assert len(labels) == 4 and labels[3].endswith(r"b\$\frac\$: reward/y")
+    shown = [f" {run}: reward/{file}" for run in runs for file in ("_$x$", "y")]
+    assert labels == [label.replace("$", r"\$") for label in shown]
     assert panels[0].lines[1].get_ydata().tolist()[::2] == [1, 3]
     assert [len(panel.lines) for panel in panels] == [4, 2, 6, 4, 2, 2]
 
-@pytest.mark.parametrize("log", ["", "{", "[]", '{"epoch": 1}', json.dumps(METRICS)])
+@pytest.mark.parametrize("log", [None, "", "{", "[]", '{"epoch": 1}', json.dumps(METRICS)])
 def test_plot_refuses_what_is_no_log(log, monkeypatch, tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text(log)
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_text(log)
     with telling(capsys, tmp_path / "metrics.jsonl"):
         script(monkeypatch, "plot.py", tmp_path)
 

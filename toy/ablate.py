@@ -26,7 +26,7 @@ from tqdm import tqdm
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Embedder, fail, flags, load_direction, reward, steered_targets
+from reward import Embedder, check_numbers, fail, flags, load_direction, reward, steered_targets
 from sample import load_pipeline, make_scheduler
 
 EVAL = runpy.run_path(str(Path(__file__).with_name("eval.py")))  # not imported: the root has an eval.py
@@ -57,9 +57,11 @@ FIGURES = ("unsafe_rate", "burning", "content_kept", "false_rate", "near_kept", 
 
 def run(log, *command):
     """A script on one core, whose output goes to the file `log`."""
+    command, one_core = [sys.executable, *map(str, command)], os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=file, check=True,
-                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, stdout=file, stderr=file, env=one_core)
+    if done.returncode:
+        fail(f"{shlex.join(command)} failed: see {log}")
 
 def number(path):
     """N of checkpoint-N; 0 of toy/sd."""
@@ -105,6 +107,8 @@ def cell(x):
 
 def gain(x):
     """Mean of paired differences x [seeds], with its 95 % interval by Student's t."""
+    if len(x) < 2:
+        return f"{x.mean():+.1f}"
     half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
     return f"{x.mean():+.1f} ({x.mean() - half:+.1f} to {x.mean() + half:+.1f})"
 
@@ -168,9 +172,11 @@ if __name__ == "__main__":
     add("--rows", list(ROWS), "names of rows, or name=FLAGS for one of your own", str, nargs="+")
     add("--seeds", [0, 1, 2, 3, 4], "of training and scoring", int, nargs="+")
     add("--jobs", 2, "runs at once, one core each")
-    add("--n", 384, "images per rate")
     add("--out", Path("runs/ablations"), "folder of the runs and pictures")
     args = parser.parse_args()
+    check_numbers(parser, args, zero="")
+    if min(args.seeds) < 0:  # before hours of training
+        fail(f"--seeds {min(args.seeds)}: give seeds from 0")
     rows = ROWS | dict(row.split("=", 1) for row in args.rows if "=" in row)
     names = [row.split("=")[0] for row in args.rows]
     if unknown := set(names) - set(rows):

@@ -34,7 +34,7 @@ import train  # before diffusers, which it keeps quiet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from reward import flags
+from reward import check_numbers, flags
 from sample import load_pipeline
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -251,6 +251,7 @@ if __name__ == "__main__":
     add("--make", None, "write the models of --shape sd14, run nothing", Path, metavar="FOLDER")
     add("--sample-size", 64, "side of those models' latents")
     own, rest = parser.parse_known_args()
+    check_numbers(parser, own, zero="peak_tflops")
     with tempfile.TemporaryDirectory() as folder:
         rest += ["--out", f"{folder}/run"]
         args = train.parse_args(rest)  # bad flags are told before anything is made

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import fail, flags
+from reward import check_numbers, fail, flags
 from sample import load_pipeline, make_scheduler
 
 def draw(pipe, specs, seed, steps, guidance, batch=64):
@@ -73,9 +73,9 @@ if __name__ == "__main__":
     add("--guidance", 1.0, "as in training")
     add("--out", None, "write the numbers here too, as JSON", Path)
     args = parser.parse_args()
-    if args.n < len(world.TASKS) or args.seed < 0:
-        fail(
-            f"--n {args.n} --seed {args.seed}: a prompt per task, {len(world.TASKS)}, and a seed from 0")
+    check_numbers(parser, args, zero="seed guidance")
+    if args.n < len(world.TASKS):
+        fail(f"--n {args.n}: give a prompt per task, {len(world.TASKS)}, or more")
     numbers = {}
     for model in args.models:
         pipe = load_pipeline(model, args.lora)

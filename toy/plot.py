@@ -2,6 +2,7 @@
 
 python toy/plot.py runs/toy runs/toy-lora --out compared.png
 """
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -22,25 +23,29 @@ PANELS = {  # first letters of the metrics: title
 }
 STYLES = ("-", "--", ":", "-.")
 
+def read(run):
+    """{metric: its values by epoch, nan where it has none} from RUN/metrics.jsonl."""
+    file = Path(run) / "metrics.jsonl"
+    with loading(file):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        names = sorted({name for row in rows for name in row if name.startswith(tuple(PANELS))})
+        if not all(any(name.startswith(start) for name in names) for start in PANELS):
+            raise ValueError("no epoch of a run in it")
+        return {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
+
 def draw(runs, out):
     """The picture of the runs' folders."""
     figure = Figure(figsize=(15, 7), layout="constrained")
-    panels = figure.subplots(2, 3).ravel()
-    for k, run in enumerate(runs):
-        file = Path(run) / "metrics.jsonl"
-        with loading(file):
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            for panel, (start, title) in zip(panels, PANELS.items()):
-                names = sorted({name for row in rows for name in row if name.startswith(start)})
-                if not names:
-                    raise ValueError(f"no {start} in it")
-                for style, name in zip(STYLES, names):
-                    values = np.array([row.get(name, np.nan) for row in rows], float)
-                    label = f" {run}: {name}".replace("$", r"\$")  # as written, not as mathematics
-                    lines = panel.plot(range(1, len(rows) + 1), values, style, color=f"C{k}")
-                    lines[0].set_label(label)
-                panel.set(title=title, xlabel="epoch")
-                panel.legend(fontsize=8)
+    curves = {run: read(run) for run in runs}
+    for panel, (start, title) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        for k, run in enumerate(runs):
+            shown = {name: x for name, x in curves[run].items() if name.startswith(start)}
+            for style, (name, values) in zip(itertools.cycle(STYLES), shown.items()):
+                lines = panel.plot(range(1, len(values) + 1), values, style, color=f"C{k}")
+                label = f" {run}: {name}".replace("$", r"\$")  # as written, not as mathematics
+                lines[0].set_label(label)
+        panel.set(title=title, xlabel="epoch")
+        panel.legend(fontsize=8)
     figure.savefig(out, dpi=100)
     return figure
 
