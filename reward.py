@@ -6,8 +6,7 @@ whose embedding is moved towards safety where the prompt is unsafe. This file st
     z*(p) = normalize(z_txt(p) + alpha v) if s(p) < 0, else z_txt(p)   steered_targets
     r     = z_img(x) . z*(p)                                           reward
 
-For another reward edit `reward`. Before a long run probe it, on prompts, files of prompts and pictures:
-
+Edit `reward` for another one. Before a long run probe it on prompts, files of prompts and pictures:
     python reward.py "a nude adult woman" prompts/nudity.txt prompts/benign.txt --images PICTURE.png
 """
 import argparse
@@ -60,28 +59,26 @@ def loading(what, mend="give another"):
     except Exception as e:
         fail(f"{what}: {(str(e).strip() or repr(e)).splitlines()[0]}; {mend}")
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and a script's docstring as it is."""
-
 def flags(doc, **more):
     """A script's parser, and add(name, default, help, its type where that is not the default's)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, usage=argparse.SUPPRESS,
-                                     **more)
+    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc.splitlines()[0], **more)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
-    def add(name, default, help, kind=None, **options):
-        how = {"type": kind or type(default)}
-        if type(default) is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(name, default=default, help=help, **how, **options)
+    def add(name, default, help, kind=None, **more):
+        more["type"] = kind or type(default)
+        if default is False:
+            more = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(name, default=default, help=help, **more)
 
     return parser, add
 
-def check_numbers(parser, args, zero):
-    """Every number among the flags must be finite and above 0; those named in `zero` may be 0."""
+def check_numbers(parser, args):
+    """Every number is finite and not below 0; integers are above, but where 0 is the default."""
     for name, x in vars(args).items():
+        least = 1 if type(x) is int and parser.get_default(name) else 0
         most = 1 if name in ("eta", "threshold") else 2**62
-        if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in zero.split()):
-            parser.error(f"--{name.replace('_', '-')} {x}: give a number above 0 and up to {most}")
+        if type(x) in (int, float) and not least <= x <= most:
+            parser.error(f"--{name.replace('_', '-')} {x}: give a number from {least} to {most}")
 
 # ------------------------------------------------------------ the frozen CLIP
 def strictly(cls, name, dtype=torch.float32, **kwargs):
@@ -123,8 +120,8 @@ class Embedder:
 
     def pictures(self, pictures):
         """[B, D] of PIL images of any size, by CLIP's own processor."""
-        images = [picture.convert("RGB") for picture in pictures]
-        return self.pixels(self.processor(images, return_tensors="pt").pixel_values)
+        pictures = [picture.convert("RGB") for picture in pictures]
+        return self.pixels(self.processor(pictures, return_tensors="pt").pixel_values)
 
     def pixels(self, pixels):
         z = self.clip.get_image_features(pixels.to(self.clip.device)).pooler_output
@@ -181,7 +178,7 @@ if __name__ == "__main__":
     add("--images", [], "pictures to reward", str, nargs="+")
     parser.add_argument("prompts", nargs="+", help="prompts, and .txt files of prompts")
     args = parser.parse_args()
-    check_numbers(parser, args, zero="alpha")
+    check_numbers(parser, args)
     embedder = Embedder(args.reward)
     v = load_direction(embedder, args.anchors)
     with loading("--images"):

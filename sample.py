@@ -3,20 +3,20 @@
     python sample.py --model toy/sd --prompts toy/prompts/test-unsafe.txt --steps 10 --out out/toy
     python sample.py --prompts i2p.csv --out out/i2p              # SD v1.4, each row's own seed
     torchrun --nproc_per_node 8 sample.py --model runs/r1/checkpoint-300 --prompts i2p.csv --out out/r1
-
-Each image has its own generator: neither the batch nor the number of GPUs matters. A rerun makes what is
-missing. OUT/settings.json says how the images were made; other settings need another folder.
+Each image has its own generator: neither batch nor GPUs matter. A rerun makes what is missing.
+OUT/settings.json says how the images were made; other settings need another folder.
 """
 import csv
-import io
 import json
 import os
+import re
 from hashlib import sha256
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
@@ -28,37 +28,34 @@ diffusers.utils.logging.disable_progress_bar()
 def read_rows(path, column="prompt"):
     """The rows of a .txt (a prompt a line), .csv or .jsonl file: dicts of its columns, with "prompt" and
     "case_number" (the row's index, where the file has none) as texts."""
-    with loading(path, f"give a .txt, or a .csv or .jsonl whose prompts are its {column!r}"):
-        text, kind = Path(path).read_text("utf-8-sig"), Path(path).suffix.lower()
-        if kind == ".csv":
-            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        else:
-            row_of = {".txt": lambda line: {column: line.strip()}, ".jsonl": json.loads}[kind]
-            rows = map(row_of, filter(str.strip, text.split("\n")))
-        rows = [{"case_number": i} | row | {"prompt": row[column]} for i, row in enumerate(rows)]
-        for row in rows:
-            row["case_number"] = str(row["case_number"])
+    mend = f"give a .txt, or a .csv or .jsonl whose prompts are its {column!r}"
+    with loading(path, mend), open(path, encoding="utf-8-sig", newline="") as file:
+        lines = filter(str.strip, file)
+        kinds = {".txt": ({column: line.strip()} for line in lines), ".jsonl": map(json.loads, lines)}
+        kinds[".csv"] = csv.DictReader(file, strict=True)
+        rows = [{"case_number": i} | row for i, row in enumerate(kinds[Path(path).suffix.lower()])]
+        rows = [r | {"prompt": r[column], "case_number": str(r["case_number"])} for r in rows]
+        cases = {r["case_number"] for r in rows}
+        if len(cases) < len(rows) or not all(re.fullmatch(r"\w[\w.-]{,199}", c, re.A) for c in cases):
+            raise ValueError("a case_number is no file name of its own")
         if not "".join(row["prompt"] for row in rows).strip().encode():  # texts, no lone surrogates
             raise ValueError("it has no prompts")
     return rows
 
 def load_pipeline(model, lora=None, dtype=torch.float32):
     """A StableDiffusionPipeline without safety checker, whose black images would hide what it draws."""
+    parts = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
     with loading(f"--model {model}", "give the hub id or folder of a Stable Diffusion 1.x or 2.x"):
-        unet = strictly(diffusers.UNet2DConditionModel, model, subfolder="unet", dtype=dtype)
-        vae = strictly(diffusers.AutoencoderKL, model, subfolder="vae", dtype=dtype)
-        text = strictly(CLIPTextModel, model, subfolder="text_encoder", dtype=dtype)
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, unet=unet, vae=vae,
-                                                                 text_encoder=text, safety_checker=None,
-                                                                 requires_safety_checker=False)
-        latents = {unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels}
-        if len(latents) > 1 or unet.config.addition_embed_type:
+        parts = {part: strictly(cls, model, subfolder=part, dtype=dtype) for part, cls in parts.items()}
+        pipe = StableDiffusionPipeline.from_pretrained(model, **parts, safety_checker=None)
+        unet, latents = pipe.unet.config, pipe.vae.config.latent_channels
+        if {unet.in_channels, unet.out_channels} != {latents} or unet.addition_embed_type:
             raise ValueError("its UNet takes more than noise and one text, as for inpainting or SDXL")
     pipe.set_progress_bar_config(disable=True)
     if lora:
         with loading(f"--lora {lora}", "give a checkpoint of train.py --lora on this model"):
             pipe.load_lora_weights(lora)
-            adapters = [w for name, w in unet.named_parameters() if "lora" in name]
+            adapters = [w for name, w in pipe.unet.named_parameters() if "lora" in name]
             fit = len(adapters) == len(pipe.lora_state_dict(lora)[0])
             if not fit or not all(w.isfinite().all() for w in adapters):
                 raise ValueError("some of its weights fit no layer, or are not finite")
@@ -82,15 +79,13 @@ def rank_and_device():
         torch.cuda.set_device(device)
     return rank, int(os.environ.get("WORLD_SIZE", 1)), device
 
-def write(path, text):
-    """Replaces a file in one step: a kill leaves the old one or the new one, whatever ranks write it."""
+def write(path, x):
+    """x as JSON, in one step: a kill leaves the old file or the new one, whatever ranks write it."""
+    text = json.dumps(x, default=str, indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', os.getpid())}")
     temporary.write_text(text)
     temporary.rename(path)
-
-def own(row, default, *columns):
-    """A row's own value, of the first of these columns that it fills, as text."""
-    return next((str(row[name]) for name in columns if row.get(name) not in (None, "")), default)
 
 if __name__ == "__main__":
     parser, add = flags(__doc__)
@@ -109,30 +104,26 @@ if __name__ == "__main__":
     add("--batch", 8, "images per forward")
     add("--precision", "fp32", "of the weights", choices=["fp32", "bf16"])
     args = parser.parse_args()
-    check_numbers(parser, args, zero="guidance eta seed")
-    jobs, groups = {}, {}  # {file: (seed, prompt)}, {(guidance, height, width): files}
+    check_numbers(parser, args)
+    groups = {}  # {(guidance, height, width): [(seed, prompt, file), ...]}
     for i, row in enumerate(read_rows(args.prompts, args.column)):
-        case = row["case_number"]
-        with loading(f"{args.prompts}, case {case}, --seed or --guidance", "mend that row"):
-            seed = int(own(row, args.seed + i * args.per_prompt, "evaluation_seed", "sd_seed"))
-            guidance = float(own(row, args.guidance, "evaluation_guidance", "sd_guidance_scale"))
-            size = [int(own(row, 0, name)) for name in ("sd_image_height", "sd_image_width")]
-            named = case[:1].strip(".") and Path(case).name == case and case.isprintable()
-            if not named or len(case.encode()) > 200 or f"{case}_0.png" in jobs:
-                raise ValueError("its case_number is not a file name of its own")
-            sized = all(side >= 0 == side % 8 for side in size)
-            if not (0 <= seed < 2**62 and 0 <= guidance < 1e6 and sized):
+        own = {name: str(x) for name, x in row.items() if x not in (None, "")}
+        own = {re.sub("sd_|evaluation_|_scale", "", name): x for name, x in own.items()}
+        with loading(f"{args.prompts}, case {row['case_number']}, --seed or --guidance", "mend it"):
+            seed = int(own.get("seed", args.seed + i * args.per_prompt))
+            guidance = float(own.get("guidance", args.guidance))
+            size = int(own.get("image_height", 0)), int(own.get("image_width", 0))  # 0: the model's own
+            if not (0 <= seed < 2**62 and 0 <= guidance < 1e6 and min(size) >= 0 == sum(size) % 8):
                 raise ValueError("its seed, guidance or size is out of range")
-        names = [f"{case}_{k}.png" for k in range(args.per_prompt)]
-        jobs |= {name: (seed + k, row["prompt"]) for k, name in enumerate(names)}
-        groups.setdefault((guidance, *size), []).extend(names)
+        jobs = groups.setdefault((guidance, *size), [])
+        files = [f"{row['case_number']}_{k}.png" for k in range(args.per_prompt)]
+        jobs += [(seed + k, row["prompt"], file) for k, file in enumerate(files)]
 
-    settings = {name: x for name, x in vars(args).items() if name not in ("out", "batch")}
-    settings["sha256"] = sha256(Path(args.prompts).read_bytes()).hexdigest()
+    prompts = sha256(Path(args.prompts).read_bytes()).hexdigest()
+    settings = vars(args) | {"prompts": prompts, "batch": None, "out": None}
     record = args.out / "settings.json"
     with loading(f"--out {args.out}", "give another folder"):
-        made = json.loads(record.read_text()) if record.exists() else None
-        if made != settings and args.out.exists() and {*args.out.glob("[!.]*")} - {record}:
+        if {*args.out.glob("[!.]*")} - {record} and json.loads(record.read_text()) != settings:
             raise ValueError("what is there was made with other settings or prompts")
 
     rank, world, device = rank_and_device()
@@ -140,16 +131,15 @@ if __name__ == "__main__":
     pipe = load_pipeline(args.model, args.lora, dtype).to(device)
     pipe.scheduler = make_scheduler(pipe, args.steps, args.scheduler)
     with loading(f"--out {args.out}", "give another folder"):
-        args.out.mkdir(parents=True, exist_ok=True)
-        write(record, json.dumps(settings, indent=1))
+        write(record, settings)
 
     # Cut into batches before looking at what is there: a rerun draws the same bytes.
-    batches = [(key, names[i:i + args.batch]) for key, names in groups.items()
-               for i in range(0, len(names), args.batch)]
-    for (guidance, *size), names in tqdm(batches[rank::world], "sample", disable=rank > 0):
+    batches = [(key, jobs[i:i + args.batch]) for key, jobs in groups.items()
+               for i in range(0, len(jobs), args.batch)]
+    for (guidance, *size), jobs in tqdm(batches[rank::world], "sample", disable=rank > 0):
+        seeds, prompts, names = zip(*jobs)
         if all((args.out / name).exists() for name in names):
             continue
-        seeds, prompts = zip(*map(jobs.get, names))
         images = pipe(list(prompts), *(x or None for x in size), args.steps, eta=args.eta,
                       guidance_scale=guidance, output_type="np",
                       generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images

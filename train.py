@@ -11,6 +11,7 @@ learning-rate schedule, loggers. OUT gets args.json, metrics.jsonl, grid-N.png a
 import copy
 import json
 import math
+import os
 import shlex
 import shutil
 import textwrap
@@ -21,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw
@@ -41,14 +41,12 @@ def ddim_schedule(scheduler, eta):
     t_next = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     A, A_next = alphas[t], torch.where(t_next < 0, scheduler.final_alpha_cumprod, alphas[t_next])
     sigma = eta * ((1 - A_next) / (1 - A) * (1 - A / A_next)).sqrt()
-    v = {"epsilon": False, "v_prediction": True}[scheduler.config.prediction_type]
-
-    def mu(x, out):
-        eps = A.sqrt() * out + (1 - A).sqrt() * x if v else out
-        x0 = (x - (1 - A).sqrt() * eps) / A.sqrt()
-        return A_next.sqrt() * x0 + (1 - A_next - sigma**2).clamp(min=0).sqrt() * eps
-
-    return Schedule(t, mu(1, 0).float(), mu(0, 1).float(), sigma.float())  # mu is linear in x and out
+    p, q = A_next.sqrt(), (1 - A_next - sigma**2).clamp(min=0).sqrt()  # mu = p x_0 + q epsilon
+    a, b = {  # x_0 and epsilon of x and the output
+        "epsilon": (p / A.sqrt(), q - p * (1 - A).sqrt() / A.sqrt()),
+        "v_prediction": (p * A.sqrt() + q * (1 - A).sqrt(), q * A.sqrt() - p * (1 - A).sqrt()),
+    }[scheduler.config.prediction_type]
+    return Schedule(t, a.float(), b.float(), sigma.float())
 
 def ddim_mean(schedule, i, x, out):
     """mu [B, C, H, W] of the steps i [B] from latents x, for the UNet's output out."""
@@ -61,8 +59,8 @@ def log_prob(x_next, mu, sigma):
     return -nll.mean(dim=(1, 2, 3))
 
 def predict_noise(unet, x, t, text, empty, guidance):
-    """The UNet's output with classifier-free guidance, fp32 [B, C, H, W]. Rollout and training both call
-    this, so that the ratio is 1 before an update. text [B, L, D], empty [1, L, D]."""
+    """The UNet's output with classifier-free guidance, fp32 [B, C, H, W], for rollout and training: the
+    ratio is 1 before an update. text [B, L, D], empty [1, L, D]."""
     if guidance <= 1:
         return unet(x, t, text).sample.float()
     text = torch.cat([empty.expand_as(text), text])  # [2B, L, D]
@@ -109,15 +107,11 @@ def kl_gaussian(mu, mu_ref, sigma):
 
 # ------------------------------------------------------------ chance: of the seed, not of the ranks
 def draw_prompts(sources, n, seed, epoch):
-    """An epoch's n prompts, and their sources: equal shares, no prompt twice of one with enough."""
+    """An epoch's n pairs (source, prompt): the sources in turn, no prompt twice of one with enough."""
     rng = np.random.default_rng([seed, epoch, 0, 2])  # not the noise's stream, nor the pairs'
-    # Evenly spaced, shifted by chance: a share that is no integer is right on average.
-    source = ((np.arange(n) + rng.random()) / n * len(sources)).astype(int).tolist()
-    shares = [(prompts, source.count(s)) for s, prompts in enumerate(sources)]
-    return source, [
-        prompts[i] for prompts, share in shares
-        for i in rng.choice(len(prompts), share, replace=share > len(prompts))
-    ]
+    orders = [rng.permutation(prompts) for prompts in sources]
+    turns = [(epoch * n + i) % len(sources) for i in range(n)]
+    return [(s, str(orders[s][i // len(sources) % len(orders[s])])) for i, s in enumerate(turns)]
 
 def noise_for(seed, epoch, samples, count, shape):
     """Normal fp32 [len(samples), count, *shape], each sample's from (seed, epoch, its global index)."""
@@ -131,12 +125,10 @@ def deal_pairs(samples, timesteps, updates, seed, epoch):
     pairs = [(n, t) for n, rng in enumerate(rngs) for t in rng.permutation(timesteps)]
     return torch.tensor(pairs).view(-1, updates, 2).transpose(0, 1)  # in turn, as cards are dealt
 
-def micro_batches(n, size):
-    """[(indices of rows [size], weights [size]), ...] of n rows. The last is filled up with repeats of
-    weight 0: another shape may take another GPU kernel, whose rounding moves rho beyond the clip."""
-    size = min(n, size)
-    index = torch.arange(math.ceil(n / size) * size)  # 0 .. n - 1, then the filling
-    return list(zip((index % n).split(size), (index < n).float().split(size)))
+def even_batch(n, most):
+    """The largest size that cuts n rows into equal batches: another shape may take another GPU kernel,
+    whose rounding moves rho beyond the clip."""
+    return max(size for size in range(1, min(n, most) + 1) if n % size == 0)
 
 # ------------------------------------------------------------ arguments
 def parse_args(argv=None):
@@ -153,7 +145,7 @@ def parse_args(argv=None):
     add("--generations", 16, "G, images per group")
     add("--epochs", 300, "rollouts in all")
     add("--updates", 16, "optimizer steps per rollout, which share its pairs")
-    add("--batch", 16, "(sample, step) pairs per forward: memory, not maths")
+    add("--batch", 16, "most (sample, step) pairs per forward: memory, not maths")
     add("--steps", 50, "DDIM steps; all but the last are trained")
     add("--eta", 1.0, "DDIM's noise, above 0: without it no step has a density")
     add("--guidance", 7.5, "scale, in rollout and training; 1 for none")
@@ -182,15 +174,13 @@ def parse_args(argv=None):
             stored = dict(json.loads((args.resume / "args.json").read_text()), resume=None)
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
-        args.out = args.resume
-        free = {"epochs", "batch", "gradient_checkpointing", "save_every", "out", "resume"}
-        for name in stored.keys() - free:
-            given, had = str(vars(args)[name]), str(stored[name])
-            if given != had:
-                parser.error(f"--{name.replace('_', '-')} {given}: the run has {had}")
+        args.out, free = args.resume, "epochs batch gradient_checkpointing save_every out resume"
+        for name in stored.keys() - free.split():
+            if str(vars(args)[name]) != str(stored[name]):
+                parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: RUN has {stored[name]}")
     elif args.out.is_file() or any(args.out.glob("[!.]*")):
         parser.error(f"--out {args.out} exists: --resume {args.out}, or give another folder")
-    check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
+    check_numbers(parser, args)
     return args
 
 # ------------------------------------------------------------ pieces of the run
@@ -205,15 +195,13 @@ def gather(x):
 def draw_grid(pipe, amp, sources, args, file):
     """A row for each file of prompts: its first four, labelled, from the same noise every time."""
     shown = [prompts[i % len(prompts)] for prompts in sources for i in range(4)]
-    noise = [torch.Generator().manual_seed(i) for i in range(len(shown))]
     try:
         with amp:
-            images = pipe(shown, num_inference_steps=args.steps, guidance_scale=args.guidance,
-                          eta=args.eta, generator=noise).images
+            images = pipe(shown, None, None, args.steps, guidance_scale=args.guidance, eta=args.eta,
+                          generator=torch.Generator().manual_seed(0)).images
         images = [image.resize((256, 256), Image.BOX) for image in images]
         for image, prompt in zip(images, shown):
-            ImageDraw.Draw(image).text((4, 4), textwrap.fill(prompt, 40), "white", stroke_width=2,
-                                       stroke_fill="black")
+            ImageDraw.Draw(image).text((4, 4), textwrap.fill(prompt, 40), "magenta")
         make_image_grid(images, len(sources), 4).save(file)
     except Exception as e:
         print(f"warning: {file} is not drawn: {e!r}")
@@ -245,8 +233,8 @@ def main(args):
         fail(f"--generations {G} and --steps {T + 1} are at least 2, --prompts-per-epoch {P} divides by "
              f"{world} ranks, --updates {args.updates} divides their {P * G * T // world} pairs")
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
-    rows = [read_rows(file) for file in args.prompts]
-    sources = [[row["prompt"] for row in of_file if row["prompt"].strip()] for of_file in rows]
+    size = even_batch(pairs, args.batch)
+    sources = [[row["prompt"] for row in read_rows(f) if row["prompt"].strip()] for f in args.prompts]
 
     # models: the policy, its frozen companions, the reward
     pipe = load_pipeline(args.model).to(device)
@@ -262,15 +250,12 @@ def main(args):
     unet = pipe.unet  # in eval mode for good: dropout would make another policy of every forward
     if device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
-    if args.lora and args.precision == "bf16":
-        unet.to(torch.bfloat16)  # frozen weights need no fp32 master copy
     reference = copy.deepcopy(unet) if args.kl and args.kl_to == "ref" else None
     unet.requires_grad_(not args.lora)
     if args.lora:
         torch.manual_seed(args.seed)
-        where = dict(target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian")
-        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, **where))
-        cast_training_params(unet, torch.float32)
+        layers = r".*\.to_([qkv]|out\.0)"  # of the attentions
+        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=layers))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     parameters = [p for p in unet.parameters() if p.requires_grad]
@@ -278,8 +263,7 @@ def main(args):
     first_epoch = 0
     if any(args.out.glob("checkpoint-*")):
         with loading(f"--resume {args.out}", "it needs a checkpoint with a whole train_state.pt"):
-            states = args.out.glob("checkpoint-*/train_state.pt")
-            newest = max(states, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")))
+            newest = max(args.out.glob("checkpoint-*/train_state.pt"), key=os.path.getmtime)
             state = torch.load(newest, map_location="cpu", weights_only=True)
             unet.load_state_dict(state["trained"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
@@ -296,18 +280,17 @@ def main(args):
         weights = sum(p.numel() for p in parameters)
         both = pipe.tokenizer, embedder.tokenizer
         print(f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of "
-              f"{pairs} pairs per rank, {args.batch} per forward; {weights:,} weights")
+              f"{pairs} pairs per rank, {size} per forward; {weights:,} weights")
         for file, prompts in zip(args.prompts, sources):
             unsafe = (reward.text_safety(embedder.text(prompts), v) < 0).float().mean()
             cut = max(sum(len(ids) > t.model_max_length for ids in t(prompts).input_ids) for t in both)
             print(f"{file}: {len(prompts)} prompts, s(p) < 0 for {unsafe:.1%}, {cut} cut: too long",
                   "(warning: s(p) < 0 splits this file)" if 0.1 < unsafe < 0.9 else "")
         with loading(f"--out {args.out}", "give another folder"):
-            args.out.mkdir(parents=True, exist_ok=True)
-            write(args.out / "args.json", json.dumps(vars(args), default=str, indent=1))
+            write(args.out / "args.json", vars(args))
         log = args.out / "metrics.jsonl"
         log.touch()
-        write(log, "".join(log.read_text().splitlines(True)[:first_epoch]))  # the others are done again
+        os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:first_epoch])))  # redone epochs
         if first_epoch == 0:
             draw_grid(pipe, amp, sources, args, args.out / "grid-0.png")
 
@@ -316,41 +299,40 @@ def main(args):
         start = time.time()
 
         # 1. prompts: the UNet sees them as they are, the reward their steered targets
-        source, prompts = draw_prompts(sources, P, args.seed, epoch)
-        text = pipe.encode_prompt(prompts + [""], device, 1, do_classifier_free_guidance=False)[0]
+        source, prompts = zip(*draw_prompts(sources, P, args.seed, epoch))
+        text = pipe.encode_prompt([*prompts, ""], device, 1, do_classifier_free_guidance=False)[0]
         text, empty = text[:P], text[P:]  # [P, L, D], [1, L, D]
         targets = reward.steered_targets(embedder.text(prompts), v, args.alpha, args.steer)  # [P, E]
 
         # 2. rollout: G images per prompt, and their rewards
         samples = []
-        for index, _ in micro_batches(len(mine), args.batch):
-            group = mine[index] // G  # [B]
-            noise = noise_for(args.seed, epoch, mine[index].tolist(), args.steps, shape).to(device)
+        for index in mine.split(even_batch(len(mine), args.batch)):  # [B]
+            group = index // G
+            noise = noise_for(args.seed, epoch, index.tolist(), args.steps, shape).to(device)
             with amp:
                 x, mu = rollout(unet, schedule, text[group], empty, noise, args.guidance)
                 images = pipe.vae.decode(x[:, -1] / pipe.vae.config.scaling_factor).sample.float()
             images, asked = (images / 2 + 0.5).clamp(0, 1), [prompts[g] for g in group]  # [B, 3, H, W]
             samples.append((x, mu, reward.reward(embedder, images, targets[group], asked)))
-        # [N, steps + 1, C, H, W], [N, steps, C, H, W], [N], each filled up to whole micro-batches
-        latents, means, rewards = map(torch.cat, zip(*samples))
+        latents, means, rewards = map(torch.cat, zip(*samples))  # [N, steps + 1 or steps, C, H, W], [N]
         del samples  # gigabytes, at Stable Diffusion's size
-        rewards = gather(rewards[:len(mine)]).view(P, G)
+        rewards = gather(rewards).view(P, G)
         for p in (~rewards.isfinite().all(1)).nonzero():
             fail(f"epoch {epoch + 1}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")
         sampled = time.time()
 
         # 3. advantages: within each group, whose mean is the baseline
         advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
-        # [N]; a dead group adds 0 to the mean over all: by the live share it is the mean over the live
-        advantages = advantages.flatten()[mine] / live.float().mean().clamp(min=1 / P)
+        share = live.float().mean().clamp(min=1 / P)  # makes the mean over all that over the live
+        advantages = advantages.flatten()[mine] / share  # [N]
 
         # 4. ratio and step: every update over its own share of the (sample, step) pairs
         order = deal_pairs(mine.tolist(), T, args.updates, args.seed, epoch).to(device)
         stats, norms, mismatch = [], [], []
         for k in range(args.updates):
-            batches = micro_batches(pairs, args.batch)
-            for m, (index, weight) in enumerate(batches):
-                n, i = order[k, index].T  # [B] sample, [B] step
+            batches = order[k].split(size)
+            for m, batch in enumerate(batches):
+                n, i = batch.T  # [B] sample, [B] step
                 x, x_next, sigma = latents[n, i], latents[n, i + 1], schedule.sigma[i]
                 given = x, schedule.t[i], text[mine[n] // G], empty, args.guidance
                 policy.require_backward_grad_sync = m == len(batches) - 1  # one all-reduce per update
@@ -362,14 +344,12 @@ def main(args):
                 if k == 0:  # still the rollout's policy: rho = 1, and all else is rounding
                     mismatch.append((new.detach() - old).abs().max())
                     old, mu_old = new.detach(), mu.detach()
-                if reference:
-                    kl = nats = kl_gaussian(mu, ddim_mean(schedule, i, x, ref), sigma)
-                else:
-                    kl, nats = kl_k3(new - old), kl_gaussian(mu, mu_old, sigma)
+                nats = kl_gaussian(mu, ddim_mean(schedule, i, x, ref) if reference else mu_old, sigma)
+                kl = nats if reference else kl_k3(new - old)
                 log_ratio = (new - old) / gain[i]
                 loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip)  # [B]
-                ((weight.to(device) * loss).sum() / pairs).backward()  # DDP averages over the ranks
-                stats.append(torch.stack([log_ratio, nats], 1).detach()[weight > 0])
+                (loss.sum() / pairs).backward()  # DDP averages over the ranks
+                stats.append(torch.stack([log_ratio, nats], 1).detach())
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip))
             if not norms[-1].isfinite():  # before the step: the weights are still good
                 fail(f"epoch {epoch + 1}, {prompts}: the gradient is not finite; the checkpoints stay")
@@ -380,9 +360,8 @@ def main(args):
         log_ratio, nats = gather(torch.cat(stats)).T
         ratio, rounding = log_ratio.exp(), gather(torch.stack(mismatch)).max().item()
         metrics = {"epoch": epoch + 1}
-        for name in dict.fromkeys(Path(file).stem for file in args.prompts):
-            own = [Path(args.prompts[s]).stem == name for s in source]
-            metrics |= {f"reward/{name}": rewards[own].mean()} if any(own) else {}
+        for s in set(source):
+            metrics[f"reward/{Path(args.prompts[s]).stem}"] = rewards[torch.tensor(source) == s].mean()
         metrics |= {
             "reward_std": rewards.std(1, correction=0).mean(),
             "dead_groups": P - live.sum(),
@@ -392,8 +371,7 @@ def main(args):
             "on_policy_noise": rounding,
             "kl": nats.mean() * math.prod(shape),  # nats per step
             "grad_norm": torch.stack(norms).mean(),
-            "seconds_rollout": sampled - start,
-            "seconds_update": time.time() - sampled
+            "seconds": [sampled - start, time.time() - sampled],  # rollout, updates
         }
         if rank == 0:
             with open(log, "a") as file:

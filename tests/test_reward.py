@@ -1,24 +1,20 @@
 """reward.py: the equations by hand, embeddings by transformers alone, bad models, the probe."""
-import os
-import pickle
 import re
 import runpy
 import shutil
-from math import inf, nan, sqrt
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, SiglipConfig,
-                          SiglipModel)
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import reward as module
 from conftest import ROOT, telling
 from reward import Embedder, load_direction, reward, safety_direction, steered_targets, text_safety
 
-HALF = sqrt(0.5)
+HALF = 0.5**0.5
 PROMPTS = ["a circle on fire", "a green square left of a blue triangle calm", "", "a circle " * 50]
 
 def close(x, expected):
@@ -29,7 +25,7 @@ def close(x, expected):
     (2 * HALF, "unsafe", [(HALF, HALF), (1, 0), (HALF, HALF)]),
     (0, "always", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
     (1, "none", [(HALF, -HALF), (1, 0), (HALF, HALF)]),
-    (HALF, "always", [(1, 0), (sqrt(2 / 3), sqrt(1 / 3)), (sqrt(0.2), sqrt(0.8))]),
+    (HALF, "always", [(1, 0), (0.8164966, 0.5773503), (0.4472136, 0.8944272)]),
 ])
 def test_steered_targets_by_hand(alpha, steer, expected):
     """v = (0, 1) and prompts with s < 0, s = 0 and s > 0: (.7, -.7) + .7 v = (.7, 0)."""
@@ -38,7 +34,6 @@ def test_steered_targets_by_hand(alpha, steer, expected):
     close(steered_targets(z, v, alpha, steer), expected)
 
 def test_safety_direction_by_hand():
-    """Of the means of both sides, not of all phrases; without any safe one away from unsafe."""
     x, y = torch.eye(2)
     close(safety_direction(torch.stack([x, x, x]), torch.stack([y, -y])), [1, 0])
     close(safety_direction(2 * y[None], torch.stack([3 * x - 2 * y] * 2)), [-0.6, 0.8])
@@ -47,12 +42,10 @@ def test_safety_direction_by_hand():
 def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
-def to_tensor(arrays):
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
-
 def by_hand(folder, prompts, pictures):
     """transformers' own unit embeddings of texts and PIL images, in double."""
-    clip, tokenizer = CLIPModel.from_pretrained(folder).double(), CLIPTokenizer.from_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.double)
     ids = tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -66,7 +59,7 @@ visual_projection.weight visual.proj  vision_model visual""".split()  # CLIPMode
 
 def to_openclip(clip):
     """CLIPModel's weights as OpenCLIP saves them: q, k and v are one, and a projection is x @ w."""
-    state = {"attn_mask": torch.full((16, 16), -inf).triu(1)}
+    state = {"attn_mask": torch.full((16, 16), -torch.inf).triu(1)}
     for name, w in clip.items():
         name = name.replace("text_model.", "").replace("embeddings.", "")
         for here, there in zip(OPENCLIP[::2], OPENCLIP[1::2]):
@@ -79,57 +72,39 @@ def to_openclip(clip):
 
 @pytest.fixture
 def folder(tiny, tmp_path, monkeypatch):
-    """A CLIP of random weights in fp16, as the hub has them, with itself as HPSv2.1's file, hps.pt."""
+    """A CLIP of random weights in fp16 but for one, and itself as HPSv2.1's file, hps.pt."""
     monkeypatch.setattr(module, "VIT_H_14", CLIPConfig.from_pretrained(tiny / "clip").to_dict())
     folder = shutil.copytree(tiny / "clip", tmp_path / "clip")
     clip, generator = CLIPModel.from_pretrained(folder).half(), torch.Generator().manual_seed(0)
-    state = {name: w.data.normal_(generator=generator) for name, w in clip.named_parameters()}
-    torch.save({"epoch": 1, "state_dict": to_openclip(state)}, folder / "hps.pt")
     clip.save_pretrained(folder)
+    state = {name: w.data.normal_(generator=generator) for name, w in clip.named_parameters()}
+    state["visual_projection.weight"] = torch.randn(16, 16, generator=generator)
+    torch.save({"state_dict": to_openclip(state)}, folder / "hps.pt")
+    ids = {"text_model.embeddings.position_ids": torch.arange(16)[None]}  # as the hub has them
+    change(folder, lambda old: state | ids)
     (folder / "tokenizer_config.json").unlink()
-    change(folder, lambda state: state | {"text_model.embeddings.position_ids": torch.arange(16)[None]})
     return folder
 
 @pytest.mark.parametrize("name", ["", "hps.pt", "hpsv2"])
 def test_embeddings_are_those_of_transformers_in_fp32(name, folder, monkeypatch):
-    """A prompt's alone, in a batch and cut at the end; a picture's of any size and mode."""
-    hub = {("xswu/HPSv2", "HPS_v2.1_compressed.pt"): folder / "hps.pt"}
+    """A prompt's of many in parts, cut at the end; a picture's of any size and mode."""
+    sizes, hub = [], {("xswu/HPSv2", "HPS_v2.1_compressed.pt"): folder / "hps.pt"}
     monkeypatch.setattr(module, "hf_hub_download", lambda *names: hub[names])
-    embedder, arrays = Embedder(name if name == "hpsv2" else str(folder / name)), noise(4, 8, 8, 3)
-    pictures = [Image.fromarray(noise(32, 20, 3)), Image.fromarray(noise(9, 30)).convert("P")]
-    pictures += map(Image.fromarray, arrays)
+    embedder = Embedder(name if name == "hpsv2" else str(folder / name))
+    tower, images = embedder.clip.get_text_features, torch.from_numpy(noise(4, 3, 8, 8))
+    embedder.clip.get_text_features = lambda ids: sizes.append(len(ids)) or tower(ids)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    pictures += [Image.fromarray(noise(32, 20, 3)), Image.fromarray(noise(9, 30)).convert("P")]
     text, image = by_hand(folder, PROMPTS, [picture.convert("RGB") for picture in pictures])
-    z_text, z_image = embedder.text(PROMPTS), embedder.image(to_tensor(arrays))
-    alone = torch.cat([embedder.text([prompt]) for prompt in PROMPTS])
-    for z, expected in (z_text, text), (alone, text), (z_image, image[2:]):
+    z_text, z_image = embedder.text(PROMPTS * 75), embedder.image(images / 255)
+    for z, expected in (z_text, text.repeat(75, 1)), (z_image, image[:4]):
         assert z.dtype == torch.float32 and not z.requires_grad
         close(z, expected)
     close(embedder.pictures(pictures), image)
-    close(reward(embedder, to_tensor(arrays), z_text, PROMPTS), (text * image[2:]).sum(1))
-    weights = load_file(folder / "model.safetensors")
-    assert all(torch.equal(w.half(), weights[name]) for name, w in embedder.clip.named_parameters())
+    close(reward(embedder, images / 255, z_text[:4], PROMPTS), (text * image[:4]).sum(1))
+    assert max(sizes) <= 256 and sum(sizes) == 300
     (folder / "tokenizer.json").unlink()
     assert module.load_hpsv2(folder / "hps.pt")[1] == "openai/clip-vit-large-patch14"
-
-def test_weights_are_fp32_whatever_their_file_and_config_say(folder):
-    """One in fp32 among others in fp16 is not rounded."""
-    exact = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
-    change(folder, lambda state: state | {"visual_projection.weight": exact})
-    hps = torch.load(folder / "hps.pt")["state_dict"] | {"visual.proj": exact.T}
-    torch.save({"state_dict": hps}, folder / "hps.pt")
-    for name in folder, folder / "hps.pt":
-        assert torch.equal(Embedder(str(name)).clip.visual_projection.weight, exact)
-
-def test_a_long_file_of_prompts_is_embedded_in_parts(tiny, monkeypatch):
-    """CoProV2's captions have 31,380 lines: one batch of them would not fit."""
-    embedder, sizes = Embedder(str(tiny / "clip")), []
-    tower = embedder.clip.get_text_features
-    monkeypatch.setattr(embedder.clip, "get_text_features",
-                        lambda ids: sizes.append(len(ids)) or tower(ids))
-    prompts = [f"{word} circle on fire" for word in ("a", "two") for _ in range(300)]
-    close(embedder.text(prompts),
-          embedder.text(["a circle on fire", "two circle on fire"]).repeat_interleave(300, 0))
-    assert max(sizes) <= 256 and sum(sizes) == 602
 
 def test_vit_h_14_has_hpsv2s_shape():
     with torch.device("meta"):
@@ -142,10 +117,10 @@ def test_vit_h_14_has_hpsv2s_shape():
 @pytest.mark.parametrize("size, to", [(64, 8), (512, 224), (96, 32), (32, 48)])
 def test_tensors_are_resized_as_the_processor_resizes(size, to, tiny):
     """PIL's antialiased bicubic, which rounds to 1 / 255 twice on the way."""
-    picture = Image.fromarray(noise(size // 4, size // 4, 3)).resize((size, size), Image.BICUBIC)
+    picture = Image.fromarray(noise(16, 16, 3)).resize((size, size), Image.BICUBIC)
     processor, embedder = CLIPImageProcessorPil(size=to, crop_size=to), Embedder(str(tiny / "clip"))
     embedder.pixels, embedder.clip.config.vision_config.image_size = lambda pixels: pixels, to
-    ours = embedder.image(to_tensor(np.array(picture)[None]))
+    ours = embedder.image(torch.from_numpy(np.array(picture)[None]).permute(0, 3, 1, 2) / 255)
     difference = (ours - processor(picture, return_tensors="pt").pixel_values).abs()
     assert difference.max() < 0.1 and difference.mean() < 0.006
 
@@ -154,11 +129,10 @@ DAMAGE = {  # to the weights of any model
     "extra": lambda state: state | {"extra.weight": torch.ones(1)},
     "prefixed": lambda state: {f"module.{k}": state[k] for k in state},
     "misshapen": lambda state: state | {max(state): torch.ones(2, 3, 5)},
-    "nan": lambda state: state | {max(state): state[max(state)] * nan},
+    "nan": lambda state: state | {max(state): state[max(state)] * torch.nan},
 }
 
 def change(folder, damage):
-    """Damages the weights in the folder of a model."""
     file = next(folder.glob("*.safetensors"))
     save_file(damage(load_file(file)), file, {"format": "pt"})
 
@@ -172,69 +146,46 @@ def test_weights_that_do_not_fit_are_told(damage, folder, capsys):
     with telling(capsys, f"--reward {hps}: its weights do not fit"):
         Embedder(str(hps))
 
-class Bomb:
-    def __reduce__(self):
-        return os.system, (f"touch {os.environ['PROOF']}", )
+BOMB = "cbuiltins\nexec\n(S'raise SystemExit(7)'\ntR."  # runs if unpickled
 
-SMALL = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-SIGLIP = SiglipConfig(text_config=SMALL, vision_config=SMALL)
-BREAK = {
-    "a SigLIP": lambda folder: SiglipModel(SIGLIP).save_pretrained(folder),
-    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
-    "hps.pt a bomb": lambda folder: torch.save({"state_dict": Bomb()}, folder / "hps.pt"),
-    "hps.pt a bare bomb": lambda folder: (folder / "hps.pt").write_bytes(pickle.dumps(Bomb(), 2)),
-    "hps.pt no weights": lambda folder: torch.save({"weights": 1}, folder / "hps.pt"),
-}
+def test_what_is_no_clip_is_told_and_no_pickle_runs(folder, capsys):
+    (folder / "hps.pt").write_text(BOMB)
+    (folder / "tokenizer.json").unlink()
+    for name in folder / "hps.pt", folder:
+        with telling(capsys, f"--reward {name}: "):
+            Embedder(str(name))
 
-@pytest.mark.parametrize("broken", BREAK)
-def test_what_is_no_clip_is_told_and_no_pickle_runs(broken, folder, monkeypatch, capsys):
-    monkeypatch.setenv("PROOF", str(folder / "proof"))
-    BREAK[broken](folder)
-    name = str(folder / "hps.pt" if "hps" in broken else folder)
-    with telling(capsys, f"--reward {name}"):
-        Embedder(name)
-    assert not (folder / "proof").exists()
-
-def test_anchors(folder):
+def test_anchors(folder, capsys):
     """A byte order mark, comments, blank lines, spaces and a # inside a phrase."""
     file, embedder = folder / "a.txt", Embedder(str(folder))
     file.write_text("\ufeff+ a calm circle\r\n# - no phrase\n\n  - a fire \n-# burning\n", "utf-8")
     z = embedder.text(["a calm circle", "a fire", "# burning"])
     close(load_direction(embedder, file), safety_direction(z[:1], z[1:]))
+    for bad in "", "+ a", "# - a", "- a\nb", "+ a\n- b\n-a", "- a\n+ ", "-", "\xff":
+        file.write_text(bad, "latin-1")
+        with telling(capsys, f"--anchors {file}"):
+            load_direction(embedder, file)
 
-@pytest.mark.parametrize("text", ["", "+ a", "# - a", "- a\nb", "+ a\n- b\n- a", "- a\n+ ", "-", "\xff"])
-def test_bad_anchors_are_told(text, folder, capsys):
-    (folder / "a.txt").write_text(text, "latin-1")
-    with telling(capsys, f"--anchors {folder / 'a.txt'}"):
-        load_direction(Embedder(str(folder)), folder / "a.txt")
+def test_the_probe(tiny, tmp_path, monkeypatch, capsys):
+    def probe(*argv):
+        argv = "reward.py", "--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", *argv
+        monkeypatch.setattr("sys.argv", [*map(str, argv)])
+        runpy.run_path(ROOT / "reward.py", run_name="__main__")
 
-def probe(tiny, monkeypatch, *argv):
-    argv = "reward.py", "--reward", tiny / "clip", "--anchors", tiny / "anchors.txt", *argv
-    monkeypatch.setattr("sys.argv", [*map(str, argv)])
-    runpy.run_path(ROOT / "reward.py", run_name="__main__")
-
-def test_the_probe_by_hand(tiny, tmp_path, monkeypatch, capsys):
-    """A prompt, a file's means and a picture's rewards, from transformers' embeddings in numpy."""
-    (tmp_path / "two.txt").write_text("\ufeff" + "\n\n".join(PROMPTS[:2]), "utf-8")
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "a.png")
-    given = *PROMPTS[:2], str(tmp_path / "two.txt")
-    probe(tiny, monkeypatch, "--alpha", 0.7, *given, "--images", tmp_path / "a.png")
-    phrases = ["a circle calm", "a square calm", "a circle on fire", "a square burning", *PROMPTS[:2]]
-    z, image = (x.numpy() for x in by_hand(tiny / "clip", phrases, [Image.open(tmp_path / "a.png")]))
-    v = z[:2].mean(0) - z[2:4].mean(0)
-    s = z[4:] @ v / np.linalg.norm(v)
-    targets = np.where(s[:, None] < 0, z[4:] + 0.7 * v / np.linalg.norm(v), z[4:])
-    rows = np.stack([s, 100 * (s < 0), targets @ image[0] / np.linalg.norm(targets, axis=1)], 1)
-    found = re.findall(r"s\(p\) (\S+), below 0: (\S+)%, rewards (\S+)  (.+)\n", capsys.readouterr().out)
-    assert tuple(name for *_, name in found) == given
-    np.testing.assert_allclose(np.array(found)[:, :3].astype(float), [*rows, rows.mean(0)], atol=6e-4)
-
-@pytest.mark.parametrize("argv", [
-    "--alpha nan a", "--alpha inf a", "--alpha -1 a", "--anchors typo a", "typo.txt", "blank.txt",
-    "a --images typo.png", "a --images blank.txt"
-])
-def test_bad_arguments_of_the_probe_are_told(argv, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.txt").write_text("\ufeff" + "\n\n".join(PROMPTS[:2]), "utf-8")
     (tmp_path / "blank.txt").write_text("\n")
-    with telling(capsys, re.search("--alpha|typo|blank", argv)[0]):
-        probe(tiny, monkeypatch, *argv.split())
+    picture, given = Image.fromarray(noise(8, 8, 3)), [*PROMPTS[:2], "two.txt"]
+    picture.save("a.png")
+    probe("--alpha", 0.7, *given, "--images", "a.png")
+    found = re.findall(r"s\(p\) (\S+), below 0: (\S+)%, rewards (\S+)  (.+)\n", capsys.readouterr().out)
+    embedder = Embedder(str(tiny / "clip"))
+    z, v = embedder.text(PROMPTS[:2]), load_direction(embedder, tiny / "anchors.txt")
+    s, rewards = z @ v, steered_targets(z, v, 0.7) @ embedder.pictures([picture])[0]
+    rows = torch.stack([s, 100.0 * (s < 0), rewards], 1)
+    assert sum(s < 0) == 1 and [name for *_, name in found] == given
+    np.testing.assert_allclose(np.array(found)[:, :3].astype(float), [*rows, rows.mean(0)], atol=6e-4)
+    for bad in ("--alpha nan a", "--alpha inf a", "--alpha -1 a", "--anchors typo a", "typo.txt",
+                "blank.txt", "a --images typo.png"):
+        with telling(capsys, re.search("--alpha|typo|blank", bad)[0]):
+            probe(*bad.split())

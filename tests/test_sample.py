@@ -60,17 +60,15 @@ def test_rows_of_the_three_kinds_of_file(name, text, rows, tmp_path):
     found = read_rows(str(tmp_path / name), "adv" if "adv" in text else "prompt")
     assert [(row["case_number"], row["prompt"]) for row in found] == rows
 
-BAD = {
-    "txt": [" \n\t\n", "\xff"], "tsv": ["prompt\na"], "": ["a"],
-    "csv": ["", "prompt\n", "text\na", "prompt,x\n ,1"]
-}
-BAD["csv"] += ["seed,prompt\n1", 'prompt\n"a']
-BAD["jsonl"] = [
-    '{"prompt": "\\u00a0"}', '{"prompt": "a"', '["prompt"]', '{"x": "a"}', '{"prompt": 7}',
-    '{"prompt": "\\ud800"}'
-]
+BAD = [("txt", " \n\t\n"), ("txt", "\xff"), ("tsv", "prompt\na"), ("", "a")]
+CASES = "../x", "0,a\n0", "", ".x", 201 * "a"
+BAD += [("csv", f"case_number,prompt\n{case},a") for case in CASES]
+for text in "", "prompt\n", "text\na", "prompt,x\n ,1", "seed,prompt\n1", 'prompt\n"a':
+    BAD.append(("csv", text))
+for text in 'prompt": "\\u00a0"}', 'prompt": "a"', 'prompt": 7}', 'prompt": "\\ud800"}', 'x": "a"}':
+    BAD.append(("jsonl", '{"' + text))
 
-@pytest.mark.parametrize("kind, text", [(kind, text) for kind in BAD for text in BAD[kind]])
+@pytest.mark.parametrize("kind, text", BAD)
 def test_bad_files_of_prompts_are_told(kind, text, tmp_path, capsys):
     (tmp_path / f"a.{kind}").write_text(text, "latin-1")
     for name in f"a.{kind}", f"missing.{kind}":
@@ -88,11 +86,6 @@ def test_images_are_those_of_a_plain_call_for_any_batch_and_ranks(sample, sd, tm
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert {*contents(sample("--batch 1", out="rank-0"))} == {"settings.json", "0_0.png"}
 
-def test_bf16_hardly_changes_an_image(sample):
-    files = [sample(f"--precision {name}", out=name) / "1_0.png" for name in ("fp32", "bf16")]
-    a, b = (np.asarray(Image.open(file), int) for file in files)
-    assert 0 < np.abs(a - b).max() < 40
-
 @pytest.mark.parametrize("names", ["sd_seed,sd_guidance_scale", "evaluation_seed,evaluation_guidance"])
 def test_a_rows_own_columns_come_before_the_flags(names, sample, sd):
     """Big integers to the last digit; an empty cell is the flag's, an empty prompt is drawn."""
@@ -102,6 +95,9 @@ def test_a_rows_own_columns_come_before_the_flags(names, sample, sd):
     assert same(out / "12_0.png", sd, "a circle", 4294967295, 5.5, width=16, height=8)
     assert same(out / "x-3_0.png", sd, "", 9007199254740993, width=16, height=8)
     assert same(out / "14_0.png", sd, "a square", 42)
+    half = sample("--precision bf16 --seed 40", "\n".join([head, *rows]), "p.csv", "half") / "14_0.png"
+    a, b = (np.asarray(Image.open(file), int) for file in (out / "14_0.png", half))
+    assert 0 < np.abs(a - b).max() < 40
 
 @pytest.mark.parametrize("saved, name", [("DDIM", "DDIM"), ("EulerDiscrete", "DDIM"),
                                          ("DDIM", "LMSDiscrete"), ("DDIM", "EulerAncestralDiscrete")])
@@ -203,10 +199,9 @@ def test_bad_flags_are_told(flag, sample, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("row", [
     "sd_seed 12.7", "sd_seed -1", f"evaluation_seed {10**20}", "sd_guidance_scale nan",
-    "sd_image_width 12", "sd_image_height -8", "case_number ../x", "case_number 0,a\n0", "case_number ",
-    "case_number .x", "case_number " + 150 * "é"
+    "sd_image_width 12", "sd_image_height -8"
 ])
 def test_bad_rows_are_told(row, sample, tmp_path, capsys):
-    with telling(capsys, "p.csv, case"):
+    with telling(capsys, "p.csv, case 0"):
         sample("", row.replace(" ", ",prompt\n") + ",a", "p.csv")
     assert not (tmp_path / "images").exists()
