@@ -156,10 +156,10 @@ def test_what_is_no_clip_is_told_and_no_pickle_runs(folder, capsys):
             Embedder(str(name))
 
 def test_anchors(folder, capsys):
-    """A byte order mark, comments, blank lines, spaces and a # inside a phrase."""
+    """A byte order mark, comments, blank lines, spaces, and signs inside a phrase."""
     file, embedder = folder / "a.txt", Embedder(str(folder))
-    file.write_text("\ufeff+ a calm circle\r\n# - no phrase\n\n  - a fire \n-# burning\n", "utf-8")
-    z = embedder.text(["a calm circle", "a fire", "# burning"])
+    file.write_text("\ufeff+ a calm circle\r\n# - no phrase\n\n  - a fire \n-# burning + hot\n", "utf-8")
+    z = embedder.text(["a calm circle", "a fire", "# burning + hot"])
     close(load_direction(embedder, file), safety_direction(z[:1], z[1:]))
     for bad in "", "+ a", "# - a", "- a\nb", "+ a\n- b\n-a", "- a\n+ ", "-", "\xff":
         file.write_text(bad, "latin-1")

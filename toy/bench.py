@@ -1,246 +1,146 @@
-"""An epoch's time beside its floor: the bare UNet forwards and backwards that the maths needs, timed in
-the same run. Takes train.py's flags.
+"""An epoch's time beside its floor, the bare UNet calls that the maths needs. Takes train.py's flags.
 
     python toy/bench.py @toy/train.args                    # a minute on a CPU
     python toy/bench.py --shape sd14 --peak-tflops 989 --prompts-per-epoch 4 --updates 2    # one H100
     python toy/bench.py --flops @toy/train.args            # counts a run's UNet FLOPs, runs nothing
     python toy/bench.py --memory                           # computes the memory SD v1.4 takes; minutes
-    python toy/bench.py --make FOLDER --sample-size 8      # random models, for a full-size check:
-    python train.py --model FOLDER/sd --reward FOLDER/hps.pt --lora 4 --gradient-checkpointing ...
+    python toy/bench.py --make FOLDER --sample-size 8      # random models of those shapes
 
---memory follows one forward and backward of tensors without data under bf16 autocast and counts every
-allocation. It knows no fragmentation, no cuDNN workspace and no CUDA context.
+--memory counts allocations of tensors without data: no fragmentation, cuDNN workspace or CUDA context.
 """
-import copy
 import json
-import statistics
+import re
 import sys
 import tempfile
-import time
-import weakref
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # before diffusers, which it keeps quiet
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
-from reward import check_numbers, flags
-from sample import load_pipeline
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from reward import RENAMED, VIT_H_14, check_numbers, flags
+from sample import load_pipeline, rank_and_device
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-# ------------------------------------------------------------ random weights in the true shapes
+DEVICE = rank_and_device()[2]
 UNET = dict(sample_size=64, cross_attention_dim=768)  # SD v1.4's, else diffusers' defaults
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
            down_block_types=("DownEncoderBlock2D", ) * 4, up_block_types=("UpDecoderBlock2D", ) * 4)
 TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 
 def make_models(folder, sample_size):
-    """FOLDER/sd in the shapes of Stable Diffusion v1.4, FOLDER/hps.pt in those of HPSv2.1 and beside it
-    its tokenizer: of CLIP's size, with the toy's words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": random_hps()}, folder / "hps.pt")  # first: its memory is free again below
-    toy = json.loads((ROOT / "toy/clip/tokenizer.json").read_text())["model"]
-    words = [word for word in toy["vocab"] if not word.startswith("<|")]
-    words += [f"unused{i}" for i in range(49406 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    merges = [tuple(pair) for pair in toy["merges"]]
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
-    unet = UNet2DConditionModel(**UNET | {"sample_size": sample_size})
-    text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
-    scheduler = DDIMScheduler.from_pretrained(ROOT / "toy/sd/scheduler")  # as SD's
-    parts = AutoencoderKL(**VAE), text_encoder, tokenizer, unet, scheduler, None, None
-    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder / "sd")
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil().save_pretrained(folder)
-    return ["--model", f"{folder}/sd", "--reward", f"{folder}/hps.pt"]
+    """FOLDER/sd and FOLDER/hps.pt: random weights, SD v1.4's and HPSv2.1's shapes, letters for words."""
+    pipe, state = load_pipeline("toy/sd"), {}
+    for name, w in CLIPModel(CLIPConfig(**VIT_H_14)).state_dict().items():  # reward.from_openclip, back
+        for theirs, ours in zip(RENAMED[-2::-2], RENAMED[::-2]):
+            name = name.replace(ours, theirs)
+        name = name.replace("vision_model", "visual").replace("text_model.", "")
+        name = re.sub("[qkv]_proj.", "in_proj_", name)
+        w = w.T if name in ("visual.proj", "text_projection") else w
+        state[name] = torch.cat([state[name], w]) if name in state else w
+    vocabulary = pipe.tokenizer.get_vocab() | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    pipe.tokenizer = type(pipe.tokenizer)(vocab=vocabulary, merges=[], model_max_length=77)
+    for part in (pipe.tokenizer, CLIPImageProcessorPil()):
+        part.save_pretrained(folder)
+    torch.save({"state_dict": state}, folder / "hps.pt")
+    pipe.unet = UNet2DConditionModel(**UNET | {"sample_size": sample_size})
+    pipe.vae, pipe.text_encoder = AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**TEXT))
+    pipe.save_pretrained(folder / "sd")
 
-def random_hps():
-    """Random weights by the names and in the shapes of HPS_v2.1_compressed.pt, OpenCLIP's ViT-H-14."""
-    shapes = {
-        "logit_scale": (), "text_projection": (1024, 1024), "positional_embedding": (77, 1024),
-        "token_embedding.weight": (49408, 1024), "visual.proj": (1280, 1024),
-        "visual.class_embedding": (1280, ), "visual.positional_embedding": (257, 1280),
-        "visual.conv1.weight": (1280, 3, 14, 14)
-    }
-    norms = {"ln_final": 1024, "visual.ln_pre": 1280, "visual.ln_post": 1280}
-    layers = {
-        "attn.in_proj_": (3, 1), "attn.out_proj.": (1, 1), "mlp.c_fc.": (4, 1), "mlp.c_proj.": (1, 4)
-    }
-    for tower, width, depth in (("", 1024, 24), ("visual.", 1280, 32)):
-        for block in (f"{tower}transformer.resblocks.{i}." for i in range(depth)):
-            norms |= {block + "ln_1": width, block + "ln_2": width}
-            for layer, (rows, columns) in layers.items():
-                shapes[block + layer + "weight"] = (rows * width, columns * width)
-                shapes[block + layer + "bias"] = (rows * width, )
-    state = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}
-    for name, width in norms.items():
-        state |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
-    return state
-
-# ------------------------------------------------------------ what a pair, and an epoch of them, costs
-def make_policy(unet, args):
-    """What train.py makes of the UNet: all weights, or adapters over frozen ones, which bf16 holds."""
-    unet.requires_grad_(not args.lora)
+def policy(unet, args):
+    """What train.py makes of the UNet: all weights are trained, or adapters over frozen ones."""
+    unet.eval().requires_grad_(not args.lora)
     if args.lora:
-        unet.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=layers))
-        cast_training_params(unet, torch.float32)
+        unet.add_adapter(LoraConfig(r=args.lora, target_modules=r".*\.to_([qkv]|out\.0)"))
     return unet
 
-def calls(unet, tokens, args, batch):
-    """(forward, forward and backward) of a batch of (sample, step) pairs, as functions."""
-    size, device = unet.config.sample_size, unet.device
-    x = torch.randn(batch, 4, size, size, device=device)
-    t = torch.full((batch, ), 500, device=device)
-    text = torch.randn(batch, tokens, unet.config.cross_attention_dim, device=device)
-
-    def forward(gradients=False):
-        with torch.set_grad_enabled(gradients), autocast(args):
-            return train.predict_noise(unet, x, t, text, text[:1], args.guidance)
-
-    def both():
-        forward(gradients=True).sum().backward()
-
-    return forward, both
-
-def autocast(args):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16")
+def forward(unet, tokens, args, pairs, backward):
+    """A batch of (sample, step) pairs through the UNet, and back."""
+    with unet.device:
+        x = torch.randn(pairs, 4, unet.config.sample_size, unet.config.sample_size)
+        text = torch.randn(pairs, tokens, unet.config.cross_attention_dim)
+        t = torch.full((pairs, ), 500)
+    device, half = unet.device.type.replace("meta", "cpu"), args.precision == "bf16"
+    with torch.set_grad_enabled(backward), torch.autocast(device, torch.bfloat16, half):
+        out = train.predict_noise(unet, x, t, text, text[:1], args.guidance)
+    if backward:
+        out.sum().backward()
 
 def epoch_cost(args, forward, both):
-    """(rollout, update) of an epoch, by the cost of a pair."""
-    samples, trained = args.prompts_per_epoch * args.generations, args.steps - 1
+    """(rollout, updates) of an epoch, by the cost of a pair: of its forward, and of both ways."""
+    samples = args.prompts_per_epoch * args.generations
     reference = forward if args.kl and args.kl_to == "ref" else 0
-    return samples * args.steps * forward, samples * trained * (both + reference)
+    return samples * args.steps * forward, samples * (args.steps - 1) * (both + reference)
 
-def epoch_flops(unet, tokens, args):
-    """(rollout, update), counted: the same on all devices, and quick, for its tensors have no data."""
-    unet = copy.deepcopy(unet).to("meta", torch.float32)
-    return epoch_cost(args, *map(flops, calls(unet, tokens, args, batch=1)))
+def epoch(measure, unet, tokens, args):
+    """(rollout, updates) of an epoch, by what `measure` says of train.py's batches."""
+    samples, costs = args.prompts_per_epoch * args.generations, []
+    for backward, pairs in (False, samples), (True, samples * (args.steps - 1) // args.updates):
+        size = train.even_batch(pairs, args.batch)
+        costs.append(measure(lambda: forward(unet, tokens, args, size, backward)) / size)
+    return np.array(epoch_cost(args, *costs))
 
 def flops(call):
-    # attention spelt out as matrix products: the counter knows the fused kernels of GPUs only
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Of tensors on the meta device: the counter does not know a CPU's attention."""
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
-def print_flops(args, shape):
-    if shape == "sd14":
-        with torch.device("meta"):
-            unet, tokens = UNet2DConditionModel(**UNET), 77
-    else:
-        pipe = load_pipeline(args.model)
-        unet, tokens = pipe.unet, pipe.tokenizer.model_max_length
-    rollout, update = epoch_flops(make_policy(unet, args), tokens, args)
-    total = args.epochs * (rollout + update)
-    print(f"UNet FLOPs: rollout {rollout:.3e} + update {update:.3e}, x {args.epochs} epochs {total:.3e}")
-
 def seconds(call):
-    """The median of five after a warm-up."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    """The median of five seconds, after a warm-up."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=5).median
 
-def benchmark(args, peak_tflops):
+def benchmark(args, unet, tokens, peak_tflops):  # an epoch's medians, after one that warms up
     train.main(args)
-    laps = [json.loads(line) for line in open(args.out / "metrics.jsonl")][1:]
-    phases = ["rollout", "update"]
-    ours = [statistics.median(lap[f"seconds_{phase}"] for lap in laps) for phase in phases]
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        print(f"peak memory {memory:.1f} GiB on {torch.cuda.get_device_name()}")
-
-    pipe = load_pipeline(args.model)
-    unet, tokens = make_policy(pipe.unet, args), pipe.tokenizer.model_max_length
-    counted = epoch_flops(unet, tokens, args)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-        unet.to(memory_format=torch.channels_last)
-    bare = (seconds(call) / args.batch for call in calls(unet, tokens, args, args.batch))
-    floor = epoch_cost(args, *bare)
-    print(f"\n{'phase':<8}{'seconds':>9}{'floor':>9}")
-    for phase, lap, least in zip(phases, ours, floor):
-        print(f"{phase:<8}{lap:9.2f}{least:9.2f}")
-    print(f"floor / epoch {sum(floor) / sum(ours):.3f}")
+    ours = np.median([json.loads(line)["seconds"] for line in open(args.out / "metrics.jsonl")][1:], 0)
+    if DEVICE.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        unet.to(DEVICE, memory_format=torch.channels_last)
+    floor = epoch(seconds, unet, tokens, args)
+    print("seconds of rollout and updates:", ours.round(2), "floor:", floor.round(2))
+    print(f"floor / epoch {floor.sum() / ours.sum():.3f}")
     if peak_tflops:
-        shares = [x / lap / peak_tflops / 1e12 for x, lap in zip(counted, ours)]
-        print(f"model FLOP utilisation: rollout {shares[0]:.2f}, update {shares[1]:.2f}")
-
-# ------------------------------------------------------------ what training takes
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made under it that are still alive, and their peak."""
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                storage = tensor.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
-        return out
-
-    def remove(self, key, size):
-        self.known.discard(key)
-        self.now -= size
+        used = epoch(flops, unet.to("meta"), tokens, args) / ours
+        print("model FLOP utilisation:", (used / peak_tflops / 1e12).round(2))
 
 def peak_bytes(call):
-    with LiveBytes() as live:
-        call()
-        before = live.peak = live.now  # gradients, which stay and are counted with the weights
-        call()
-    return live.peak - before
+    """Of a second call: the gradients of the first one stay, and are counted with the weights."""
+    tracker, total = MemTracker(), {}
+    tracker._mod_tracker.register_user_hooks = lambda *hooks: None  # they fail on frozen weights
+    for kind in ("current", "peak"):
+        with tracker:
+            call()
+        total[kind] = sum(on["Total"] for on in tracker.get_tracker_snapshot(kind).values())
+    return total["peak"] - total["current"]
 
 def in_fp32(norm):
     """A norm as CUDA's autocast runs it; the CPU's keeps bf16."""
     return lambda x, shape, w, b, eps: norm(x.float(), shape, w.float(), b.float(), eps)
 
 def training_memory(args):
-    """GiB of training SD v1.4 with these flags: the UNet's weights, gradients and AdamW's states, the
-    frozen models, and the peak of a training step or of decoding."""
+    """GiB of training SD v1.4: weights, gradients, AdamW's states, frozen models, the peak of a pass."""
     with torch.device("meta"):
-        unet = make_policy(UNet2DConditionModel(**UNET), args)
-        vae = AutoencoderKL(**VAE).requires_grad_(False)
+        unet, vae = policy(UNet2DConditionModel(**UNET), args), AutoencoderKL(**VAE)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    trained = sum(p.nbytes * (4 if p.requires_grad else 1) for p in unet.parameters())
-    frozen = (83.65e6 + 123.06e6 + 986.11e6) * 4  # VAE, text encoder, HPSv2.1
     unet, vae = unet.to_empty(device="cpu"), vae.to_empty(device="cpu")  # never touched: no memory
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _, both = calls(unet, 77, args, args.batch)
-        step = peak_bytes(both)
-        latents = torch.randn(args.batch, 4, 64, 64)
-        with torch.no_grad(), autocast(args):
-            decode = peak_bytes(lambda: vae.decode(latents))
+        step = peak_bytes(lambda: forward(unet, 77, args, args.batch, True))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, args.precision == "bf16"):
+            decode = peak_bytes(lambda: vae.decode(torch.randn(args.batch, 4, 64, 64)))
+    trained = sum(p.nbytes * (4 if p.requires_grad else 1) for p in unet.parameters())
+    frozen = (83.65e6 + 123.06e6 + 986.11e6) * 4  # VAE, text encoder, HPSv2.1
     return (trained + frozen + max(step, decode)) / 2**30
-
-def print_memory(rest):
-    F.group_norm, F.layer_norm = in_fp32(F.group_norm), in_fp32(F.layer_norm)
-    for setting in ("", "--gradient-checkpointing", "--lora 16", "--lora 16 --gradient-checkpointing"):
-        for batch in (4, 16):
-            changed = f"{setting} --batch {batch}".strip()
-            peak = training_memory(train.parse_args([*rest, *changed.split()]))
-            print(f"{peak:.1f} GiB with {changed}", flush=True)
 
 if __name__ == "__main__":
     parser, add = flags(__doc__, allow_abbrev=False)
@@ -251,18 +151,23 @@ if __name__ == "__main__":
     add("--make", None, "write the models of --shape sd14, run nothing", Path, metavar="FOLDER")
     add("--sample-size", 64, "side of those models' latents")
     own, rest = parser.parse_known_args()
-    check_numbers(parser, own, zero="peak_tflops")
+    check_numbers(parser, own)
     with tempfile.TemporaryDirectory() as folder:
-        rest += ["--out", f"{folder}/run"]
-        args = train.parse_args(rest)  # bad flags are told before anything is made
-        if own.make:
-            make_models(own.make, own.sample_size)
-        elif own.memory:
-            print_memory(rest)
-        elif own.flops:
-            print_flops(args, own.shape)
-        else:
-            if own.shape == "sd14":
-                rest += make_models(Path(folder), own.sample_size)
-            args = train.parse_args([*rest, "--epochs", "4", "--save-every", "4"])
-            benchmark(args, own.peak_tflops)
+        args = train.parse_args([*rest, "--out", f"{folder}/run"])
+        if own.make or own.shape == "sd14":
+            make_models(own.make or Path(folder), own.sample_size)
+            args.model, args.reward = f"{folder}/sd", f"{folder}/hps.pt"
+        if own.memory:
+            F.group_norm, F.layer_norm = in_fp32(F.group_norm), in_fp32(F.layer_norm)
+            for args.lora, args.gradient_checkpointing, args.batch in product((0, 16), (0, 1), (4, 16)):
+                print(f"{training_memory(args):.1f} GiB with --lora {args.lora} --batch {args.batch}",
+                      "--gradient-checkpointing" * args.gradient_checkpointing, flush=True)
+        elif not own.make:
+            pipe = load_pipeline(args.model)
+            unet, tokens = policy(pipe.unet, args), pipe.tokenizer.model_max_length
+            if own.flops:
+                counted = epoch(flops, unet.to("meta"), tokens, args)
+                print("FLOPs of rollout, updates:", counted, f"run: {args.epochs * counted.sum():.3e}")
+            else:
+                args.epochs = args.save_every = 4
+                benchmark(args, unet, tokens, own.peak_tflops)
