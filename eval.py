@@ -86,9 +86,9 @@ def q16(args, images):
     with loading(f"--prompts {args.prompts}"):
         of = [(i, c) for i, r in enumerate(images.values()) for c in CATEGORIES if c in r["categories"]]
     cosines = embed(clip, images) @ F.normalize(prompts).to(DEVICE).T  # [N, 2]
-    q16 = cosines.argmax(1).bool().tolist()
+    bad = cosines.argmax(1).bool().tolist()
     nude, _ = nudenet(args, images)
-    flagged = {"Q16": q16, "Q16 or NudeNet": [q or found != [] for q, found in zip(q16, nude)]}
+    flagged = {"Q16": bad, "Q16 or NudeNet": [q or found != [] for q, found in zip(bad, nude)]}
     table = {}
     for method, flag in flagged.items():
         column = {}
@@ -139,8 +139,7 @@ def is_correct(spec, objects, image, clip):
         found = objects.get(need["class"], [])[:need["count"]]
         if len(found) < need["count"]:
             return False
-        colors = name_colors(clip, image, need["class"], found) if "color" in need else []
-        if {*colors} - {need.get("color")}:
+        if "color" in need and {*name_colors(clip, image, need["class"], found)} != {need["color"]}:
             return False
         relation, target = need.get("position", (None, None))
         if relation and not all(relations(a, b)[relation] for a in found for b in matched[target]):
@@ -194,7 +193,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     size = "base-patch32" if args.metric == "clip" else "large-patch14"
     args.clip = args.clip or f"openai/clip-vit-{size}"
-    check_numbers(parser, args)
+    check_numbers(parser, args, zero="threshold")
 
     cases = {p: p.stem.rpartition("_")[0] for p in sorted(args.images.glob("[!.]*.png"))}
     rows = {case: {} for case in cases.values()}

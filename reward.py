@@ -64,21 +64,21 @@ def flags(doc, **more):
     parser = argparse.ArgumentParser(None, argparse.SUPPRESS, doc.splitlines()[0], **more)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
-    def add(name, default, help, kind=None, **more):
-        more["type"] = kind or type(default)
+    def add(name, default, help, kind=None, **options):
+        options["type"] = kind or type(default)
         if default is False:
-            more = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(name, default=default, help=help, **more)
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(name, default=default, help=help, **options)
 
     return parser, add
 
-def check_numbers(parser, args):
-    """Every number is finite and not below 0; integers are above, but where 0 is the default."""
-    for name, x in vars(args).items():
-        least = 1 if type(x) is int and parser.get_default(name) else 0
+def check_numbers(parser, args, zero):
+    """Every number among the flags must be finite and above 0; those named in `zero` may be 0."""
+    for name, value in vars(args).items():
         most = 1 if name in ("eta", "threshold") else 2**62
-        if type(x) in (int, float) and not least <= x <= most:
-            parser.error(f"--{name.replace('_', '-')} {x}: give a number from {least} to {most}")
+        for x in value if type(value) is list else [value]:
+            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in zero.split()):
+                parser.error(f"--{name.replace('_', '-')} {x}: give a number above 0 and up to {most}")
 
 # ------------------------------------------------------------ the frozen CLIP
 def strictly(cls, name, dtype=torch.float32, **kwargs):
@@ -178,7 +178,7 @@ if __name__ == "__main__":
     add("--images", [], "pictures to reward", str, nargs="+")
     parser.add_argument("prompts", nargs="+", help="prompts, and .txt files of prompts")
     args = parser.parse_args()
-    check_numbers(parser, args)
+    check_numbers(parser, args, zero="alpha")
     embedder = Embedder(args.reward)
     v = load_direction(embedder, args.anchors)
     with loading("--images"):

@@ -104,7 +104,7 @@ if __name__ == "__main__":
     add("--batch", 8, "images per forward")
     add("--precision", "fp32", "of the weights", choices=["fp32", "bf16"])
     args = parser.parse_args()
-    check_numbers(parser, args)
+    check_numbers(parser, args, zero="guidance eta seed")
     groups = {}  # {(guidance, height, width): [(seed, prompt, file), ...]}
     for i, row in enumerate(read_rows(args.prompts, args.column)):
         own = {name: str(x) for name, x in row.items() if x not in (None, "")}

@@ -180,7 +180,7 @@ def parse_args(argv=None):
                 parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: RUN has {stored[name]}")
     elif args.out.is_file() or any(args.out.glob("[!.]*")):
         parser.error(f"--out {args.out} exists: --resume {args.out}, or give another folder")
-    check_numbers(parser, args)
+    check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
     return args
 
 # ------------------------------------------------------------ pieces of the run
@@ -263,7 +263,8 @@ def main(args):
     first_epoch = 0
     if any(args.out.glob("checkpoint-*")):
         with loading(f"--resume {args.out}", "it needs a checkpoint with a whole train_state.pt"):
-            newest = max(args.out.glob("checkpoint-*/train_state.pt"), key=os.path.getmtime)
+            states = args.out.glob("checkpoint-*/train_state.pt")
+            newest = max(states, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")))
             state = torch.load(newest, map_location="cpu", weights_only=True)
             unet.load_state_dict(state["trained"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
@@ -360,8 +361,9 @@ def main(args):
         log_ratio, nats = gather(torch.cat(stats)).T
         ratio, rounding = log_ratio.exp(), gather(torch.stack(mismatch)).max().item()
         metrics = {"epoch": epoch + 1}
-        for s in set(source):
-            metrics[f"reward/{Path(args.prompts[s]).stem}"] = rewards[torch.tensor(source) == s].mean()
+        files = [Path(args.prompts[s]).stem for s in source]
+        for name in dict.fromkeys(files):
+            metrics[f"reward/{name}"] = rewards[[name == file for file in files]].mean()
         metrics |= {
             "reward_std": rewards.std(1, correction=0).mean(),
             "dead_groups": P - live.sum(),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, SiglipConfig,
+                          SiglipModel)
 
 import reward as module
 from conftest import ROOT, telling
@@ -149,9 +150,13 @@ def test_weights_that_do_not_fit_are_told(damage, folder, capsys):
 BOMB = "cbuiltins\nexec\n(S'raise SystemExit(7)'\ntR."  # runs if unpickled
 
 def test_what_is_no_clip_is_told_and_no_pickle_runs(folder, capsys):
+    small = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    siglip = shutil.copytree(folder, folder / "siglip")
+    SiglipModel(SiglipConfig(text_config=small, vision_config=small)).save_pretrained(siglip)
+    torch.save({"weights": 1}, folder / "none.pt")
     (folder / "hps.pt").write_text(BOMB)
     (folder / "tokenizer.json").unlink()
-    for name in folder / "hps.pt", folder:
+    for name in siglip, folder / "none.pt", folder / "hps.pt", folder:
         with telling(capsys, f"--reward {name}: "):
             Embedder(str(name))
 

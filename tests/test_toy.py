@@ -1,6 +1,7 @@
 """toy/: the painter against the detectors, the judge by hand, the prompts' split, the scripts."""
 import json
 import random
+import runpy
 import sys
 from argparse import Namespace
 
@@ -132,3 +133,10 @@ def test_bench(monkeypatch):
     assert [m.num_parameters() for m in models] == [986109441, 859520964]  # as published
     monkeypatch.setattr(bench, "forward", lambda unet, tokens, args, n, backward: n * (n + backward))
     assert [*bench.epoch(lambda call: call(), None, 77, args)] == [30 * 3, 24 * (3 + 1)]  # 3 a batch
+
+@pytest.mark.parametrize("flag", ["--seeds 1 -1", "--jobs 0", "--rows none"])
+def test_bad_flags_of_the_record_are_told(flag, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["ablate.py", *flag.split(), "--out", str(tmp_path / "out")])
+    with telling(capsys, flag.split()[0], flag.split()[-1]):
+        runpy.run_path(str(ROOT / "toy/ablate.py"), run_name="__main__")
+    assert not (tmp_path / "out").exists()

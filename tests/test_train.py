@@ -240,7 +240,9 @@ def second_implementation(args):
             optimizer.zero_grad()
         rho = np.array(ratios)
         low, high = (rho < 1 - args.clip).mean(), (rho > 1 + args.clip).mean()
-        rows.append([rho.min(), rho.mean(), rho.max(), low, high, np.mean(divergences), np.mean(norms)])
+        two = np.mean([r for r, prompt in zip(rewards, prompts) if prompt in TEXTS["two.txt"]])
+        ends = [rho.min(), rho.mean(), rho.max(), low, high]
+        rows.append([*ends, np.mean(divergences), np.mean(norms), two])
     return unet.state_dict(), rows
 
 @pytest.mark.parametrize("kind",
@@ -259,6 +261,7 @@ def test_the_loop_by_a_second_implementation(kind, tiny, flags, tmp_path, monkey
     assert deviation(weights(args.out / "checkpoint-2"), trained, weights(model)) < 0.01
     for row, theirs in zip(metrics(args.out), rows, strict=True):
         ours = [*row["ratio"], row["clip_low"], row["clip_high"], row["kl"], row["grad_norm"]]
+        ours.append(row["reward/two"])  # of a file that is named twice
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-4) and row["dead_groups"] == 1
 
 @pytest.mark.parametrize("noise", [0, 1e-3, 1])
@@ -446,12 +449,13 @@ def bad(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("flag", [
     "--alpha -0.1", "--lr nan", "--clip inf", "--kl -1", "--eta 0", "--eta 1e-60", "--eta 1.5",
-    "--epochs 0", "--seed -1", "--batch 0", "--steps 1.5", "--lr x", "--kl-to x", "--none 1",
-    "--out tests", "--out LICENSE", "--out LICENSE/x", "--updates 5", "--generations 1", "--steps 1",
-    "--steps 1000", "--prompts no.txt", "--prompts LICENSE", "--prompts BAD/blank.csv",
-    "--anchors no.txt", "--anchors LICENSE", "--model toy/sdd", "--reward toy/sd", "--model BAD/nine",
-    "--model BAD/variance", "--model BAD/key", "--model BAD/zero_snr", "--model BAD/sample",
-    "--steps 61 --updates 1 --model BAD/trailing", "--steps 5 --model BAD/thresholding"
+    "--epochs 0", "--guidance 0", "--lr 0", "--clip 0", "--seed -1", "--batch 0", "--steps 1.5",
+    "--lr x", "--kl-to x", "--none 1", "--out tests", "--out LICENSE", "--out LICENSE/x", "--updates 5",
+    "--generations 1", "--steps 1", "--steps 1000", "--prompts no.txt", "--prompts LICENSE",
+    "--prompts BAD/blank.csv", "--anchors no.txt", "--anchors LICENSE", "--model toy/sdd",
+    "--reward toy/sd", "--model BAD/nine", "--model BAD/variance", "--model BAD/key",
+    "--model BAD/zero_snr", "--model BAD/sample", "--steps 61 --updates 1 --model BAD/trailing",
+    "--steps 5 --model BAD/thresholding"
 ])
 def test_bad_flags_and_files_are_told(flag, bad, flags, tmp_path, monkeypatch, capsys):
     """In one line with flag and value, or the file's name; nothing is written."""

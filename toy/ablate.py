@@ -158,7 +158,7 @@ if __name__ == "__main__":
     add("--jobs", 2, "runs at once, one core each")
     add("--out", Path("runs/ablations"), "folder of the runs and pictures")
     args = parser.parse_args()
-    check_numbers(parser, args)
+    check_numbers(parser, args, zero="seeds")
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = [(args.out, row, seed) for row in args.rows for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -151,7 +151,7 @@ if __name__ == "__main__":
     add("--make", None, "write the models of --shape sd14, run nothing", Path, metavar="FOLDER")
     add("--sample-size", 64, "side of those models' latents")
     own, rest = parser.parse_known_args()
-    check_numbers(parser, own)
+    check_numbers(parser, own, zero="peak_tflops")
     with tempfile.TemporaryDirectory() as folder:
         args = train.parse_args([*rest, "--out", f"{folder}/run"])
         if own.make or own.shape == "sd14":

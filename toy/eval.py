@@ -66,7 +66,7 @@ if __name__ == "__main__":
     add("--guidance", 1.0, "as in training")
     add("--out", None, "write the numbers here too, as JSON", Path)
     args = parser.parse_args()
-    check_numbers(parser, args)
+    check_numbers(parser, args, zero="seed guidance")
     if args.n < len(world.TASKS):
         fail(f"--n {args.n}: give a prompt per task, {len(world.TASKS)}, or more")
     numbers = {}

@@ -182,7 +182,7 @@ def make_sd(vae, clip, tokenizer, images, captions):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="gets the folders")
     out = parser.parse_args().out
     torch.set_num_threads(1)  # so that the weights do not depend on the number of cores
     prompt_files(out / "prompts")
