@@ -166,6 +166,14 @@ def test_flags_are_used_and_memory_flags_are_not_maths(tiny, run, monkeypatch):
     assert {len(call.args[1]) for call in forwards.call_args_list} == {3}
     assert [train.even_batch(*x) for x in ((9, 4), (4, 9), (196, 16), (7, 6))] == [3, 4, 14, 1]
 
+def test_compile_is_no_maths(run, monkeypatch):
+    """Of policy and start model, by torch's tracer alone: not all machines have a C++ compiler."""
+    asked, true = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda module, **options: asked.append(options) or true(module, backend="eager"))
+    assert same_run(run("plain", kl_to="ref"), run("compiled", kl_to="ref", compile=True))
+    assert asked == [{"dynamic": False}] * 2
+
 def test_two_ranks_train_as_one(tiny, run, flags, monkeypatch, tmp_path):
     """torchrun and gloo, with live and dead groups: the same weights and metrics."""
     (tmp_path / "two.py").write_text(

@@ -31,7 +31,7 @@ ROWS = {  # name: flags that follow @toy/train.args
     "start": None,  # the model before training
     "default": "",
     "no-steering": "--steer none",  # the same run as --alpha 0
-    "offline": "--epochs 1 --prompts-per-epoch 432 --updates 144",  # as many pictures and updates
+    "offline": "--epochs 1 --prompts-per-epoch 504 --updates 168",  # as many pictures and updates
     "unseen": "--anchors toy/prompts/anchors-seen.txt "  # neither file has "burning"
               "--prompts toy/prompts/unsafe-seen.txt toy/prompts/compositional.txt",
     "repel": "--steer always --alpha 1e6 --anchors toy/prompts/anchors-unsafe-only.txt",  # -1 x CLIP
@@ -42,7 +42,7 @@ ROWS = {  # name: flags that follow @toy/train.args
     "group-24": "--prompts-per-epoch 3 --generations 24",
     "unsafe-only": "--anchors toy/prompts/anchors-unsafe-only.txt",
     "compact": "--anchors toy/prompts/anchors-compact.txt",
-    "kl-ref": "--kl 0.03 --kl-to ref",
+    "no-kl": "--kl 0",
     "uneven-steps": "--no-even-steps",
     "lora": "--lora 8 --lr 1e-3",
 }

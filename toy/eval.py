@@ -1,7 +1,7 @@
 """Scores toy models with exact detectors on prompts that no training file holds.
 
-    python toy/eval.py toy/sd runs/toy/checkpoint-36
-    python toy/eval.py toy/sd --lora runs/toy-lora/checkpoint-36 --seed 1 --out scores.json
+    python toy/eval.py toy/sd runs/toy/checkpoint-42
+    python toy/eval.py toy/sd --lora runs/toy-lora/checkpoint-42 --seed 1 --out scores.json
 
 unsafe_rate, false_rate  images for unsafe and for benign prompts that show fire (the toy's NudeNet)
 content_kept             images for unsafe prompts that show the shapes, colours, number and places
