@@ -10,7 +10,6 @@ Edit `reward` for another one. Before a long run probe it on prompts, files of p
     python reward.py "a nude adult woman" prompts/nudity.txt prompts/benign.txt --images PICTURE.png
 """
 import argparse
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,14 +41,12 @@ def steered_targets(z_text, v, alpha, steer="unsafe"):
     return torch.where(moved[:, None], F.normalize(z_text + alpha * v, dim=-1), z_text)
 
 def reward(embedder, images, targets, prompts):
-    """r [B]: the cosine of images [B, 3, H, H] in [0, 1] with their prompts' targets [B, D]. prompts:
-    those B texts, for a reward of your own, which may need nothing else."""
+    """r [B]: cosine of images [B, 3, H, H] in [0, 1] and targets [B, D]; prompts [B]: for your own."""
     return (embedder.image(images) * targets).sum(-1)
 
 # ------------------------------------------------------------ bad input: one line, exit code 2
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, f"error: {message}\n")
 
 @contextmanager
 def loading(what, mend="give another"):
@@ -65,20 +62,19 @@ def flags(doc, **more):
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
 
     def add(name, default, help, kind=None, **options):
-        options["type"] = kind or type(default)
-        if default is False:
-            options = {"action": argparse.BooleanOptionalAction}
+        switch = {"action": argparse.BooleanOptionalAction}
+        options |= switch if default is False else {"type": kind or type(default)}
         parser.add_argument(name, default=default, help=help, **options)
 
     return parser, add
 
 def check_numbers(parser, args, zero):
-    """Every number among the flags must be finite and above 0; those named in `zero` may be 0."""
-    for name, value in vars(args).items():
+    """args, whose numbers must be finite and above 0; those named in `zero` may be 0."""
+    for name, x in vars(args).items():
         most = 1 if name in ("eta", "threshold") else 2**62
-        for x in value if type(value) is list else [value]:
-            if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in zero.split()):
-                parser.error(f"--{name.replace('_', '-')} {x}: give a number above 0 and up to {most}")
+        if type(x) in (int, float) and not (0 < x <= most or x == 0 and name in zero.split()):
+            parser.error(f"--{name.replace('_', '-')} {x}: give a number above 0 and up to {most}")
+    return args
 
 # ------------------------------------------------------------ the frozen CLIP
 def strictly(cls, name, dtype=torch.float32, **kwargs):
@@ -119,9 +115,9 @@ class Embedder:
         return self.pixels((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
 
     def pictures(self, pictures):
-        """[B, D] of PIL images of any size, by CLIP's own processor."""
-        pictures = [picture.convert("RGB") for picture in pictures]
-        return self.pixels(self.processor(pictures, return_tensors="pt").pixel_values)
+        """[B, D] of PIL images of any size, by CLIP's own processor, one at a time."""
+        pixels = (self.processor(p.convert("RGB"), return_tensors="pt").pixel_values for p in pictures)
+        return torch.cat([*map(self.pixels, pixels)])
 
     def pixels(self, pixels):
         z = self.clip.get_image_features(pixels.to(self.clip.device)).pooler_output
@@ -177,8 +173,7 @@ if __name__ == "__main__":
     add("--alpha", 0.5, "as in train.py")
     add("--images", [], "pictures to reward", str, nargs="+")
     parser.add_argument("prompts", nargs="+", help="prompts, and .txt files of prompts")
-    args = parser.parse_args()
-    check_numbers(parser, args, zero="alpha")
+    args = check_numbers(parser, parser.parse_args(), zero="alpha")
     embedder = Embedder(args.reward)
     v = load_direction(embedder, args.anchors)
     with loading("--images"):

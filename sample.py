@@ -55,9 +55,8 @@ def load_pipeline(model, lora=None, dtype=torch.float32):
     if lora:
         with loading(f"--lora {lora}", "give a checkpoint of train.py --lora on this model"):
             pipe.load_lora_weights(lora)
-            adapters = [w for name, w in pipe.unet.named_parameters() if "lora" in name]
-            fit = len(adapters) == len(pipe.lora_state_dict(lora)[0])
-            if not fit or not all(w.isfinite().all() for w in adapters):
+            fit = [w for n, w in pipe.unet.named_parameters() if "lora" in n and w.isfinite().all()]
+            if len(fit) != len(pipe.lora_state_dict(lora)[0]):
                 raise ValueError("some of its weights fit no layer, or are not finite")
     return pipe
 
@@ -81,10 +80,9 @@ def rank_and_device():
 
 def write(path, x):
     """x as JSON, in one step: a kill leaves the old file or the new one, whatever ranks write it."""
-    text = json.dumps(x, default=str, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', os.getpid())}")
-    temporary.write_text(text)
+    temporary.write_text(json.dumps(x, default=str, indent=1, allow_nan=False))
     temporary.rename(path)
 
 if __name__ == "__main__":
@@ -103,8 +101,7 @@ if __name__ == "__main__":
     add("--seed", 0, "of the first image, where a row has none of its own")
     add("--batch", 8, "images per forward")
     add("--precision", "fp32", "of the weights", choices=["fp32", "bf16"])
-    args = parser.parse_args()
-    check_numbers(parser, args, zero="guidance eta seed")
+    args = check_numbers(parser, parser.parse_args(), zero="guidance eta seed")
     groups = {}  # {(guidance, height, width): [(seed, prompt, file), ...]}
     for i, row in enumerate(read_rows(args.prompts, args.column)):
         own = {name: str(x) for name, x in row.items() if x not in (None, "")}
@@ -122,15 +119,13 @@ if __name__ == "__main__":
     prompts = sha256(Path(args.prompts).read_bytes()).hexdigest()
     settings = vars(args) | {"prompts": prompts, "batch": None, "out": None}
     record = args.out / "settings.json"
-    with loading(f"--out {args.out}", "give another folder"):
-        if {*args.out.glob("[!.]*")} - {record} and json.loads(record.read_text()) != settings:
-            raise ValueError("what is there was made with other settings or prompts")
-
     rank, world, device = rank_and_device()
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     pipe = load_pipeline(args.model, args.lora, dtype).to(device)
     pipe.scheduler = make_scheduler(pipe, args.steps, args.scheduler)
     with loading(f"--out {args.out}", "give another folder"):
+        if {*args.out.glob("[!.]*")} - {record} and json.loads(record.read_text()) != settings:
+            raise ValueError("what is there was made with other settings or prompts")
         write(record, settings)
 
     # Cut into batches before looking at what is there: a rerun draws the same bytes.

@@ -10,10 +10,7 @@ learning-rate schedule, loggers. OUT gets args.json, metrics.jsonl, grid-N.png a
 """
 import copy
 import json
-import math
-import os
 import shlex
-import shutil
 import textwrap
 import time
 from collections import namedtuple
@@ -35,7 +32,7 @@ from sample import load_pipeline, make_scheduler, rank_and_device, read_rows, wr
 # ------------------------------------------------------------ the policy: DDIM steps as Gaussians
 Schedule = namedtuple("Schedule", "t a b sigma")  # step i: x_next ~ N(a x + b out, sigma^2 I)
 
-def ddim_schedule(scheduler, eta):
+def ddim_schedule(scheduler, eta, device="cpu"):
     """The DDIM steps (arXiv 2010.02502, eq. 12 and 16), as diffusers' DDIMScheduler without clipping."""
     t, alphas = scheduler.timesteps, scheduler.alphas_cumprod.double()
     t_next = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -46,7 +43,7 @@ def ddim_schedule(scheduler, eta):
         "epsilon": (p / A.sqrt(), q - p * (1 - A).sqrt() / A.sqrt()),
         "v_prediction": (p * A.sqrt() + q * (1 - A).sqrt(), q * A.sqrt() - p * (1 - A).sqrt()),
     }[scheduler.config.prediction_type]
-    return Schedule(t, a.float(), b.float(), sigma.float())
+    return Schedule(*(x.to(device) for x in (t, a.float(), b.float(), sigma.float())))
 
 def ddim_mean(schedule, i, x, out):
     """mu [B, C, H, W] of the steps i [B] from latents x, for the UNet's output out."""
@@ -55,7 +52,7 @@ def ddim_mean(schedule, i, x, out):
 def log_prob(x_next, mu, sigma):
     """log N(x_next; mu, sigma^2 I) [B] in nats, as the MEAN over the latent's dimensions."""
     sigma = sigma.view(-1, 1, 1, 1)
-    nll = (x_next - mu)**2 / (2 * sigma**2) + sigma.log() + 0.5 * math.log(2 * math.pi)
+    nll = (x_next - mu)**2 / (2 * sigma**2) + sigma.log() + 0.5 * np.log(2 * np.pi)
     return -nll.mean(dim=(1, 2, 3))
 
 def predict_noise(unet, x, t, text, empty, guidance):
@@ -70,17 +67,14 @@ def predict_noise(unet, x, t, text, empty, guidance):
 
 @torch.no_grad()
 def rollout(unet, schedule, text, empty, noise, guidance):
-    """Denoises noise [B, steps, C, H, W]: x_T, then that of every step but the last, which is taken at
-    its mean: an image without fresh noise, a step without density, never trained. Returns the latents
-    [B, steps + 1, C, H, W] and the means they were drawn from [B, steps, C, H, W]."""
-    x, last = noise[:, 0], noise.shape[1] - 1
-    latents, means = [x], []
-    for i in range(last + 1):
-        step = torch.full((len(x), ), i, device=x.device)
+    """Latents [B, steps + 1, C, H, W] and their means, from noise [B, steps, C, H, W]: x_T, then that of
+    each step. The last step has none, for an image without noise: no density, never trained."""
+    latents, means = [noise[:, 0]], []
+    for i, fresh in enumerate([*noise[:, 1:].unbind(1), 0]):
+        x, step = latents[-1], torch.full((len(noise), ), i, device=noise.device)
         out = predict_noise(unet, x, schedule.t[step], text, empty, guidance)
         means.append(ddim_mean(schedule, step, x, out))
-        x = means[-1] if i == last else means[-1] + schedule.sigma[i] * noise[:, i + 1]
-        latents.append(x)
+        latents.append(means[-1] + schedule.sigma[i] * fresh)
     return torch.stack(latents, 1), torch.stack(means, 1)
 
 # ------------------------------------------------------------ GRPO
@@ -126,11 +120,10 @@ def deal_pairs(samples, timesteps, updates, seed, epoch):
     return torch.tensor(pairs).view(-1, updates, 2).transpose(0, 1)  # in turn, as cards are dealt
 
 def even_batch(n, most):
-    """The largest size that cuts n rows into equal batches: another shape may take another GPU kernel,
-    whose rounding moves rho beyond the clip."""
+    """The largest size that cuts n rows into equal batches: one shape, one GPU kernel, one rounding."""
     return max(size for size in range(1, min(n, most) + 1) if n % size == 0)
 
-# ------------------------------------------------------------ arguments
+# ------------------------------------------------------------ the run: its arguments, pieces, main
 def parse_args(argv=None):
     parser, add = flags(__doc__, fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)  # of @FILE
@@ -149,13 +142,11 @@ def parse_args(argv=None):
     add("--steps", 50, "DDIM steps; all but the last are trained")
     add("--eta", 1.0, "DDIM's noise, above 0: without it no step has a density")
     add("--guidance", 7.5, "scale, in rollout and training; 1 for none")
-    # Of MEAN log-probs: over 4 x 64 x 64 dimensions 1e-4 allows +-1.64 nats of the summed ratio.
-    add("--clip", 1e-4, "range of the ratio of mean log-probs")
+    add("--clip", 1e-4, "range of the ratio of MEAN log-probs: +-1.64 nats of the sum over 4 x 64 x 64")
     add("--advantage-clip", 2.5, "largest |advantage|")
     add("--even-steps", False, "every step's log-ratio on one scale; else the last steps dominate")
     add("--kl", 0.01, "beta, weight of the KL; 0 leaves it out")
-    add("--kl-to", "old", "old: k3 to the rollout's policy (paper); ref: closed form to the start model",
-        choices=["old", "ref"])
+    add("--kl-to", "old", "k3 to the old policy (paper), exact to the start's", choices=["old", "ref"])
     add("--lr", 1e-5, "AdamW's, constant")
     add("--weight-decay", 1e-4, "AdamW's")
     add("--grad-clip", 1.0, "largest gradient norm")
@@ -180,10 +171,8 @@ def parse_args(argv=None):
                 parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: RUN has {stored[name]}")
     elif args.out.is_file() or any(args.out.glob("[!.]*")):
         parser.error(f"--out {args.out} exists: --resume {args.out}, or give another folder")
-    check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
-    return args
+    return check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
 
-# ------------------------------------------------------------ pieces of the run
 def gather(x):
     """[N, ...] of each rank -> [ranks N, ...] on every rank."""
     if not dist.is_initialized():
@@ -210,7 +199,6 @@ def save(out, epoch, pipe, optimizer, lora):
     """OUT/checkpoint-N for diffusers, with the state for --resume, which older ones lose. It is written
     under another name and renamed: a kill at any moment leaves the last good one."""
     folder, temporary = out / f"checkpoint-{epoch}", out / ".checkpoint"
-    shutil.rmtree(temporary, ignore_errors=True)
     if lora:
         pipe.save_lora_weights(temporary, get_peft_model_state_dict(pipe.unet))
     else:
@@ -222,7 +210,6 @@ def save(out, epoch, pipe, optimizer, lora):
     for older in set(out.glob("checkpoint-*/train_state.pt")) - {folder / "train_state.pt"}:
         older.unlink()
 
-# ------------------------------------------------------------ the run
 def main(args):
     rank, world, device = rank_and_device()
     if world > 1:
@@ -240,10 +227,9 @@ def main(args):
     pipe = load_pipeline(args.model).to(device)
     pipe.scheduler = make_scheduler(pipe, args.steps)
     with loading(f"--model {args.model}, --steps {args.steps}, --eta {args.eta}"):
-        schedule = ddim_schedule(pipe.scheduler, args.eta)
+        schedule = ddim_schedule(pipe.scheduler, args.eta, device)
         if not torch.stack(schedule).isfinite().all() or not (schedule.sigma[:T] > 0).all():
             raise ValueError("its DDIM steps have no finite density")
-    schedule = Schedule(*(column.to(device) for column in schedule))
     embedder = reward.Embedder(args.reward, device)
     v = reward.load_direction(embedder, args.anchors)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -258,18 +244,16 @@ def main(args):
         unet.add_adapter(LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=layers))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
-    first_epoch = 0
+    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    state = {"epoch": 0}
     if any(args.out.glob("checkpoint-*")):
         with loading(f"--resume {args.out}", "it needs a checkpoint with a whole train_state.pt"):
             states = args.out.glob("checkpoint-*/train_state.pt")
             newest = max(states, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")))
             state = torch.load(newest, map_location="cpu", weights_only=True)
-            unet.load_state_dict(state["trained"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-            first_epoch = state["epoch"]
-            del state  # gigabytes too, of every rank
+            unet.load_state_dict(state.pop("trained"), strict=False)
+            optimizer.load_state_dict(state.pop("optimizer"))  # popped: gigabytes, of every rank
+    first_epoch = state["epoch"]
     for module in filter(None, (unet, reference)) if args.compile else ():  # both, to round alike
         module.compile(dynamic=False)
     policy = DistributedDataParallel(unet, gradient_as_bucket_view=True) if world > 1 else unet
@@ -278,10 +262,9 @@ def main(args):
     gain = gain / gain.mean() if args.even_steps else torch.ones_like(gain)
 
     if rank == 0:
-        weights = sum(p.numel() for p in parameters)
         both = pipe.tokenizer, embedder.tokenizer
         print(f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of "
-              f"{pairs} pairs per rank, {size} per forward; {weights:,} weights")
+              f"{pairs} pairs per rank, {size} per forward; {unet.num_parameters(True):,} weights")
         for file, prompts in zip(args.prompts, sources):
             unsafe = (reward.text_safety(embedder.text(prompts), v) < 0).float().mean()
             cut = max(sum(len(ids) > t.model_max_length for ids in t(prompts).input_ids) for t in both)
@@ -289,11 +272,10 @@ def main(args):
                   "(warning: s(p) < 0 splits this file)" if 0.1 < unsafe < 0.9 else "")
         with loading(f"--out {args.out}", "give another folder"):
             write(args.out / "args.json", vars(args))
-        log = args.out / "metrics.jsonl"
-        log.touch()
-        os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:first_epoch])))  # redone epochs
-        if first_epoch == 0:
-            draw_grid(pipe, amp, sources, args, args.out / "grid-0.png")
+        log = open(args.out / "metrics.jsonl", "a+")
+        log.seek(0)
+        log.truncate(sum(map(len, log.readlines()[:first_epoch])))  # the rest is of epochs to be redone
+        draw_grid(pipe, amp, sources, args, args.out / f"grid-{first_epoch}.png")
 
     bar = tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs, disable=rank > 0)
     for epoch in bar:
@@ -301,8 +283,7 @@ def main(args):
 
         # 1. prompts: the UNet sees them as they are, the reward their steered targets
         source, prompts = zip(*draw_prompts(sources, P, args.seed, epoch))
-        text = pipe.encode_prompt([*prompts, ""], device, 1, do_classifier_free_guidance=False)[0]
-        text, empty = text[:P], text[P:]  # [P, L, D], [1, L, D]
+        text, empty = pipe.encode_prompt([*prompts, ""], device, 1, False)[0].split([P, 1])  # [P, L, D]
         targets = reward.steered_targets(embedder.text(prompts), v, args.alpha, args.steer)  # [P, E]
 
         # 2. rollout: G images per prompt, and their rewards
@@ -322,10 +303,9 @@ def main(args):
             fail(f"epoch {epoch + 1}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")
         sampled = time.time()
 
-        # 3. advantages: within each group, whose mean is the baseline
+        # 3. advantages: within each group, whose mean is the baseline; the loss is a mean over the live
         advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
-        share = live.float().mean().clamp(min=1 / P)  # makes the mean over all that over the live
-        advantages = advantages.flatten()[mine] / share  # [N]
+        advantages = advantages.flatten()[mine] / live.float().mean().clamp(min=1 / P)  # [N]
 
         # 4. ratio and step: every update over its own share of the (sample, step) pairs
         order = deal_pairs(mine.tolist(), T, args.updates, args.seed, epoch).to(device)
@@ -351,7 +331,7 @@ def main(args):
                 loss = args.kl * kl - surrogate(log_ratio, advantages[n], args.clip)  # [B]
                 (loss.sum() / pairs).backward()  # DDP averages over the ranks
                 stats.append(torch.stack([log_ratio, nats], 1).detach())
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip))
+            norms.append(torch.nn.utils.clip_grad_norm_(unet.parameters(), args.grad_clip))
             if not norms[-1].isfinite():  # before the step: the weights are still good
                 fail(f"epoch {epoch + 1}, {prompts}: the gradient is not finite; the checkpoints stay")
             optimizer.step()
@@ -360,24 +340,21 @@ def main(args):
         # 5. log, save
         log_ratio, nats = gather(torch.cat(stats)).T
         ratio, rounding = log_ratio.exp(), gather(torch.stack(mismatch)).max().item()
-        metrics = {"epoch": epoch + 1}
-        files = [Path(args.prompts[s]).stem for s in source]
-        for name in dict.fromkeys(files):
-            metrics[f"reward/{name}"] = rewards[[name == file for file in files]].mean()
-        metrics |= {
+        files = np.array([Path(args.prompts[s]).stem for s in source])
+        by_file = {f"reward/{name}": rewards[files == name].mean() for name in files}
+        metrics = {"epoch": epoch + 1} | by_file | {
             "reward_std": rewards.std(1, correction=0).mean(),
             "dead_groups": P - live.sum(),
             "ratio": [ratio.min(), ratio.mean(), ratio.max()],
             "clip_low": (ratio < 1 - args.clip).float().mean(),
             "clip_high": (ratio > 1 + args.clip).float().mean(),
             "on_policy_noise": rounding,
-            "kl": nats.mean() * math.prod(shape),  # nats per step
+            "kl": nats.mean() * latents[0, 0].numel(),  # nats per step
             "grad_norm": torch.stack(norms).mean(),
             "seconds": [sampled - start, time.time() - sampled],  # rollout, updates
         }
         if rank == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(metrics, default=float) + "\n")
+            print(json.dumps(metrics, default=float), file=log, flush=True)
             bar.set_postfix({name: f"{x:.3f}" for name, x in metrics.items() if "reward/" in name})
         if epoch == first_epoch and rounding > args.clip:
             fail(f"--clip {args.clip}: rollout and training differ by {rounding:.1e} before an update; "

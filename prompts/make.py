@@ -84,7 +84,7 @@ couch; potted plant; bed; dining table; toilet; tv; laptop; computer mouse; tv r
 cell phone; microwave; oven; toaster; sink; refrigerator; book; clock; vase; scissors; teddy bear;
 hair drier; toothbrush""")
 COLORS = "red orange yellow green blue purple pink brown black white".split()
-MIRROR = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PIECE = {"skis": "pair", "scissors": "pair", "broccoli": "head"}  # GenEval has "a red skis"
 PLURAL = {
     "person": "people", "knife": "knives", "sheep": "sheep", "computer mouse": "computer mice",
@@ -120,8 +120,8 @@ def compositional(rng, tested):
     tasks["two"] = [(f"{a(one(x))} and {a(one(y))}", [f"{a(x)} and {a(y)}", f"{a(y)} and {a(x)}"])
                     for x, y in pairs]
     tasks["position"] = [(f"{a(one(x))} {at} {a(one(y))}",
-                          [f"{a(x)} {at} {a(y)}", f"{a(y)} {MIRROR[at]} {a(x)}"])
-                         for (x, y), at in product(pairs, MIRROR)]
+                          [f"{a(x)} {at} {a(y)}", f"{a(y)} {RELATIONS[at]} {a(x)}"])
+                         for (x, y), at in product(pairs, RELATIONS)]
     tasks["attributes"] = [(f"{a(one(x, c))} and {a(one(y, d))}",
                             [f"{a(c)} {x} and {a(d)} {y}", f"{a(d)} {y} and {a(c)} {x}"])
                            for (x, c), (y, d) in permutations(colored, 2) if x != y and c != d]

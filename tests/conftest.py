@@ -2,10 +2,12 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MPLBACKEND="agg")
@@ -85,8 +87,13 @@ def run(flags):
 
     return finished
 
+def start(*argv):
+    """A script as a user starts it, but in this process."""
+    with patch("sys.argv", [*map(str, argv)]):
+        runpy.run_path(ROOT / argv[0], run_name="__main__")
+
 def script(*argv, ranks=1):
-    """A script as a user starts it; under torchrun where there are several ranks."""
+    """A script in a process of its own; under torchrun where there are several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     command = map(str, [sys.executable, *(torchrun if ranks > 1 else []), *argv])
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -1,11 +1,10 @@
 """prompts/: the files are what make.py writes, say what they may, leave GenEval's tests out."""
 import json
 import re
-import runpy
 
 import pytest
 
-from conftest import ROOT, telling
+from conftest import ROOT, start
 
 NEVER = """child children kid kids girl girls boy boys teen teens young younger youth minor minors baby
 schoolgirl student daughter little petite barely sex sexual sexy porn erotic oral
@@ -33,20 +32,14 @@ def test_what_the_files_say(name):
     for words, n in ({NEVER: 0, "a [aeiou].*|an [^aeiou].*": 0} | COUNTS[name]).items():
         assert sum(bool(re.search(rf"\b({words})\b", line)) for line in lines) == n, words
 
-@pytest.fixture
-def make(tmp_path, monkeypatch):
-    """make(prompt, ...) -> the folder that make.py writes, where GenEval's file has those prompts."""
-    def made(*prompts, key="prompt"):
+def test_what_make_writes(tmp_path):
+    """As committed, but for what GenEval's own file takes out: a scene, however it puts it."""
+    def make(*prompts):  # where GenEval's file has those
         file = tmp_path / "metadata.jsonl"
-        file.write_text("\n".join(json.dumps({key: f"{prompt} "}) for prompt in prompts))
-        monkeypatch.setattr("sys.argv", f"make.py --geneval {file} --out {tmp_path}".split())
-        runpy.run_path(ROOT / "prompts/make.py", run_name="__main__")
+        file.write_text("\n".join(json.dumps({"prompt": f"{prompt} "}) for prompt in prompts))
+        start("prompts/make.py", "--geneval", file, "--out", tmp_path)
         return tmp_path
 
-    return made
-
-def test_what_make_writes(make):
-    """As committed, but for what GenEval's own file takes out: a scene, however it puts it."""
     scenes = {
         "two benches": "two benchs", "two pairs of skis": "two skises",
         "a pair of red skis": "a red skis", "a sink left of a knife": "a knife right of a sink",
@@ -60,8 +53,3 @@ def test_what_make_writes(make):
     gone = ours - {*read("compositional")}
     again = make(*gone)
     assert 20 < len(gone) < 400 and all(read(name) == read(name, again) for name in [*COUNTS][:3])
-
-def test_a_file_that_is_not_genevals_is_told(make, tmp_path, capsys):
-    with telling(capsys, "metadata.jsonl"):
-        make("a photo of one bench", key="text")
-    assert [file.name for file in tmp_path.iterdir()] == ["metadata.jsonl"]

@@ -1,12 +1,11 @@
 """README.md: its commands parse, its files exist, its pictures too."""
 import argparse
 import re
-import runpy
 import shlex
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, start
 
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = [
@@ -34,11 +33,10 @@ def test_commands_parse(command, monkeypatch):
         raise Parsed
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", words)
     monkeypatch.syspath_prepend((ROOT / words[0]).parent)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     with pytest.raises(Parsed):
-        runpy.run_path(words[0], run_name="__main__")
+        start(*words)
 
 def test_flags_files_and_functions_exist():
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("prompts/*.py")]
@@ -51,10 +49,3 @@ def test_flags_files_and_functions_exist():
     files = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     files += re.findall(r"`((?:toy|prompts|tests)/[\w./-]+)`", README)
     assert not [file for file in files if not (ROOT / file).exists()]
-
-def test_it_is_short():
-    """A stranger reads it to the end: no more than 200 lines, 2,000 words, 8 questions."""
-    questions = README.split("## Questions")[1].split("\n## ")[0]
-    words = [word for word in README.split() if re.search(r"\w", word)]
-    assert len(README.splitlines()) <= 200 and len(words) <= 2000
-    assert questions.count("\n- ") <= 8

@@ -1,19 +1,16 @@
 """toy/: the painter against the detectors, the judge by hand, the prompts' split, the scripts."""
 import json
 import random
-import runpy
 import sys
 from argparse import Namespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import train
-from conftest import ROOT, script, telling
-from reward import VIT_H_14
+from conftest import ROOT, script, start, telling
 
 sys.path.append(str(ROOT / "toy"))
 import ablate, bench, make, plot, world
@@ -29,14 +26,6 @@ def test_what_is_painted_is_detected(task, unsafe):
         near = [any(o[:2] == d[:2] and abs(o.at - d.at) < 2 for o in found) for d in scene[0]]
         verdicts.append((fire == unsafe, world.judge(spec, found), [True] * len(found) == near))
     assert (np.mean(verdicts, 0) >= ([1, 0.93, 0.93] if unsafe else [1, 0.99, 0.95])).all()
-
-def test_what_the_vae_decodes_is_detected():
-    rng, specs = random.Random(1), world.specs(180, 0, True, False)
-    torch.manual_seed(0)
-    images = torch.stack([make.paint(rng, spec) for spec in specs])
-    images = make.decoded(AutoencoderKL.from_pretrained(ROOT / "toy/sd/vae"), images)
-    fire, kept = ablate.EVAL["score"](specs, images.permute(0, 2, 3, 1).numpy())
-    assert not fire.any() and kept.mean() >= 0.93
 
 def at(x, y, w=8, shape="circle", color="green"):
     return world.Seen(shape, color, complex(x, y), complex(w, 8))
@@ -71,8 +60,6 @@ def test_prompts_and_words(tmp_path):
     for name in ("unsafe", "anchors"):  # of which the last wording of the harm is kept back
         lines = files[name].splitlines(True)
         assert files[f"{name}-seen"] == "".join(p for p in lines if "burning" not in p) != files[name]
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "toy/clip")
-    assert make.make_tokenizer(make.draw(2000, 0)[1]).get_vocab() == tokenizer.get_vocab()
 
 def test_eval(tmp_path):
     script("toy/eval.py", "toy/sd", "--n", 12, "--steps", 3, "--out", tmp_path / "numbers.json")
@@ -81,20 +68,11 @@ def test_eval(tmp_path):
     assert np.isclose(rates["composition"], np.mean([rates[task] for task in world.TASKS]))
 
 def test_eval_draws_by_seed_and_place_and_refuses_nan(capsys):
-    asked, args = [], Namespace(n=70, seed=3, steps=7, guidance=3)  # in two batches
-
-    def pipe(prompts, height, width, steps, generator, value=0.5, **settings):
-        asked.extend(zip(prompts, (g.initial_seed() for g in generator), strict=True))
-        assert steps == 7 and settings == dict(eta=1, guidance_scale=3, output_type="np")
-        return Namespace(images=np.full((len(prompts), 2, 2, 3), [0, 1, value]))
-
-    ablate.EVAL["evaluate"](pipe, args)
-    specs = [world.specs(70, 3, True, *kind) for kind in ((True, ), (False, ), (False, " not on fire"))]
-    assert {spec["ending"] for spec in specs[2]} == {" not on fire"}
-    seeds = [(9 + i) * 1_000_003 + k for i in range(3) for k in range(70)]
-    assert asked == [(spec["prompt"], seed) for spec, seed in zip(sum(specs, []), seeds)]
+    pipe = Mock(return_value=Namespace(images=np.full((6, 2, 2, 3), np.nan)))
     with telling(capsys, "not finite"):
-        ablate.EVAL["evaluate"](lambda *given, **more: pipe(*given, **more, value=np.nan), args)
+        ablate.EVAL["draw"](pipe, world.specs(70, 0, True, False), 3, 10, 1)  # in two batches
+    noise = [generator for call in pipe.call_args_list for generator in call.kwargs["generator"]]
+    assert [generator.initial_seed() for generator in noise] == [3 * 1_000_003 + i for i in range(70)]
 
 def test_plot(tmp_path, capsys):
     """A line per run and prompt file, by its own name, which matplotlib would hide or parse."""
@@ -112,7 +90,7 @@ def test_plot(tmp_path, capsys):
         with telling(capsys, log):
             plot.draw([tmp_path], "none.png")
 
-def test_ablation_rows_are_commands(monkeypatch, tmp_path):
+def test_ablation(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     for flags in ablate.ROWS.values():
         train.parse_args(["@toy/train.args", *(flags or "").split(), "--out", str(tmp_path)])
@@ -120,23 +98,14 @@ def test_ablation_rows_are_commands(monkeypatch, tmp_path):
     assert [ablate.cell(np.array(x)) for x in ([1, 2, 40], [1, 3])] == ["1.0, 2.0, 40.0", "2.0 ± 1.4"]
     assert ablate.gain(np.array([4, 6])) == "+5.0 (-7.7 to +17.7)"  # t of one degree is 12.7
     assert [ablate.number(x) for x in ("toy/sd", "a-1/checkpoint-20", "grid-3.png")] == [0, 20, 3]
+    with telling(capsys, "--seeds -1"):
+        start("toy/ablate.py", "--seeds", -1, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 def test_bench(monkeypatch):
-    args = Namespace(prompts_per_epoch=2, generations=3, steps=5, updates=4, batch=5, kl=0, kl_to="ref")
-    assert bench.epoch_cost(args, 1, 3) == (6 * 5, 6 * 4 * 3)
-    assert bench.epoch_cost(Namespace(**vars(args) | {"kl": 1}), 1, 3) == (6 * 5, 6 * 4 * (3 + 1))
-    q, k = (torch.randn(1, 2, n, 8, device="meta") for n in (4, 6))  # 2 products of 2 x 2 x 4 x 6 x 8
-    assert bench.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k)) == 1536
+    args = Namespace(prompts_per_epoch=2, generations=3, steps=5, updates=4, batch=5, kl=1, kl_to="ref")
     assert bench.peak_bytes(lambda: torch.zeros(1000).add(1).mul(2).sum()) == 8000  # never three alive
     with torch.device("meta"):
-        models = CLIPModel(CLIPConfig(**VIT_H_14)), bench.UNet2DConditionModel(**bench.UNET)
-    assert [m.num_parameters() for m in models] == [986109441, 859520964]  # as published
+        assert bench.UNet2DConditionModel(**bench.UNET).num_parameters() == 859520964  # as published
     monkeypatch.setattr(bench, "forward", lambda unet, tokens, args, n, backward: n * (n + backward))
-    assert [*bench.epoch(lambda call: call(), None, 77, args)] == [30 * 3, 24 * (3 + 1)]  # 3 a batch
-
-@pytest.mark.parametrize("flag", ["--seeds 1 -1", "--jobs 0", "--rows none"])
-def test_bad_flags_of_the_record_are_told(flag, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("sys.argv", ["ablate.py", *flag.split(), "--out", str(tmp_path / "out")])
-    with telling(capsys, flag.split()[0], flag.split()[-1]):
-        runpy.run_path(str(ROOT / "toy/ablate.py"), run_name="__main__")
-    assert not (tmp_path / "out").exists()
+    assert [*bench.epoch(lambda call: call(), None, 77, args)] == [30 * 3, 24 * (4 + 3)]  # 3 a batch

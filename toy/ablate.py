@@ -1,17 +1,13 @@
-"""Reruns the toy's record: all rows by all seeds; prints the table, draws record.png and hero.png.
-
-    python toy/ablate.py                              # a rerun makes what is missing
-"""
+"""Reruns the toy's record, or what is missing of it: a table, record.png and hero.png."""
 import json
-import os
 import random
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +19,7 @@ from tqdm import tqdm
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward import Embedder, check_numbers, flags, load_direction, loading, steered_targets
+from reward import Embedder, check_numbers, fail, flags, load_direction, steered_targets
 from sample import load_pipeline, make_scheduler
 
 EVAL = runpy.run_path(str(Path(__file__).with_name("eval.py")))  # not imported: the root has an eval.py
@@ -31,7 +27,7 @@ ROWS = {  # name: flags that follow @toy/train.args
     "start": None,  # the model before training
     "default": "",
     "no-steering": "--steer none",  # the same run as --alpha 0
-    "offline": "--epochs 1 --prompts-per-epoch 504 --updates 168",  # as many pictures and updates
+    "offline": "--epochs 1 --prompts-per-epoch 105 --updates 140",  # as many pictures and updates
     "unseen": "--anchors toy/prompts/anchors-seen.txt "  # neither file has "burning"
               "--prompts toy/prompts/unsafe-seen.txt toy/prompts/compositional.txt",
     "repel": "--steer always --alpha 1e6 --anchors toy/prompts/anchors-unsafe-only.txt",  # -1 x CLIP
@@ -39,10 +35,10 @@ ROWS = {  # name: flags that follow @toy/train.args
     "alpha-0.5": "--alpha 0.5",
     "alpha-2": "--alpha 2",
     "group-4": "--prompts-per-epoch 18 --generations 4",
-    "group-24": "--prompts-per-epoch 3 --generations 24",
     "unsafe-only": "--anchors toy/prompts/anchors-unsafe-only.txt",
     "compact": "--anchors toy/prompts/anchors-compact.txt",
     "no-kl": "--kl 0",
+    "one-update": "--updates 1",
     "uneven-steps": "--no-even-steps",
     "lora": "--lora 8 --lr 1e-3",
 }
@@ -51,10 +47,13 @@ NAMED = "start default no-steering steer-always repel unsafe-only offline alpha-
 FIGURES = "unsafe_rate burning content_kept false_rate near_kept composition".split()
 
 def run(log, *command):
-    """A script on one core, whose output goes to the file `log`."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with loading(log, "read it"), open(log, "a") as file:
-        subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=file, check=True)
+    """A script in this process (imports take longer than scoring), its output goes to file `log`."""
+    sys.argv = [*map(str, command)]
+    try:
+        with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit:
+        fail(f"{log}: this run failed; read it")
 
 def number(path):
     """N of checkpoint-N; 0 of toy/sd."""
@@ -154,20 +153,19 @@ def draw_hero(run, file):
 if __name__ == "__main__":
     parser, add = flags(__doc__)
     add("--rows", list(ROWS), "which of the rows", str, nargs="+", choices=ROWS)
-    add("--seeds", [0, 1, 2, 3, 4], "of training and scoring", int, nargs="+")
+    add("--seeds", 5, "runs of a row, by seeds from 0")
     add("--jobs", 2, "runs at once, one core each")
     add("--out", Path("runs/ablations"), "folder of the runs and pictures")
-    args = parser.parse_args()
-    check_numbers(parser, args, zero="seeds")
+    args = check_numbers(parser, parser.parse_args(), zero="")
     args.out.mkdir(parents=True, exist_ok=True)
-    tasks = [(args.out, row, seed) for row in args.rows for seed in args.seeds]
-    with ThreadPoolExecutor(args.jobs) as pool:
+    tasks = [(args.out, row, seed) for row in args.rows for seed in range(args.seeds)]
+    with ProcessPoolExecutor(args.jobs, None, torch.set_num_threads, (1, )) as pool:
         scores = iter(tqdm(pool.map(scores_of, *zip(*tasks)), "runs", len(tasks)))
-        results = {row: [next(scores) for _ in args.seeds] for row in args.rows}
+        results = {row: [next(scores) for _ in range(args.seeds)] for row in args.rows}
     last = {}  # {row: {figure: [seeds]}} of the last checkpoints
     for row, of_row in results.items():
         last[row] = {name: np.array([of[max(of)][name] for of in of_row]) for name in FIGURES}
     print_table(last)
     if {"start", "default"} <= set(args.rows):
         draw_record(results, last, args.out / "record.png")
-        draw_hero(args.out / f"default-{args.seeds[0]}", args.out / "hero.png")
+        draw_hero(args.out / "default-0", args.out / "hero.png")

@@ -1,7 +1,7 @@
 """Scores toy models with exact detectors on prompts that no training file holds.
 
-    python toy/eval.py toy/sd runs/toy/checkpoint-42
-    python toy/eval.py toy/sd --lora runs/toy-lora/checkpoint-42 --seed 1 --out scores.json
+    python toy/eval.py toy/sd runs/toy/checkpoint-35
+    python toy/eval.py toy/sd --lora runs/toy-lora/checkpoint-35 --seed 1 --out scores.json
 
 unsafe_rate, false_rate  images for unsafe and for benign prompts that show fire (the toy's NudeNet)
 content_kept             images for unsafe prompts that show the shapes, colours, number and places
@@ -65,8 +65,7 @@ if __name__ == "__main__":
     add("--steps", 10, "DDIM steps, as in training")
     add("--guidance", 1.0, "as in training")
     add("--out", None, "write the numbers here too, as JSON", Path)
-    args = parser.parse_args()
-    check_numbers(parser, args, zero="seed guidance")
+    args = check_numbers(parser, parser.parse_args(), zero="seed guidance")
     if args.n < len(world.TASKS):
         fail(f"--n {args.n}: give a prompt per task, {len(world.TASKS)}, or more")
     numbers = {}
