@@ -34,8 +34,7 @@ def text_safety(z_text, v):
     return z_text @ v
 
 def steered_targets(z_text, v, alpha, steer="unsafe"):
-    """z*(p) [B, D], unit. steer: "unsafe" moves the prompts with s(p) < 0 (the paper), "always" all of
-    them (its public code), "none" no prompt (plain CLIP)."""
+    """z*(p) [B, D], unit. Moved are those with s(p) < 0, "always" all (the public code), or "none"."""
     unsafe = text_safety(z_text, v) < 0
     moved = {"unsafe": unsafe, "always": unsafe | True, "none": unsafe & False}[steer]
     return torch.where(moved[:, None], F.normalize(z_text + alpha * v, dim=-1), z_text)

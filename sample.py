@@ -3,8 +3,7 @@
     python sample.py --model toy/sd --prompts toy/prompts/test-unsafe.txt --steps 10 --out out/toy
     python sample.py --prompts i2p.csv --out out/i2p              # SD v1.4, each row's own seed
     torchrun --nproc_per_node 8 sample.py --model runs/r1/checkpoint-300 --prompts i2p.csv --out out/r1
-Each image has its own generator: neither batch nor GPUs matter. A rerun makes what is missing.
-OUT/settings.json says how the images were made; other settings need another folder.
+Each image has its own generator; a rerun makes what is missing, by the settings in OUT/settings.json.
 """
 import csv
 import json
@@ -26,8 +25,7 @@ diffusers.utils.logging.set_verbosity_error()  # else it prints each over-long p
 diffusers.utils.logging.disable_progress_bar()
 
 def read_rows(path, column="prompt"):
-    """The rows of a .txt (a prompt a line), .csv or .jsonl file: dicts of its columns, with "prompt" and
-    "case_number" (the row's index, where the file has none) as texts."""
+    """The rows of a .txt (a prompt a line), .csv or .jsonl, with texts "prompt" and "case_number"."""
     mend = f"give a .txt, or a .csv or .jsonl whose prompts are its {column!r}"
     with loading(path, mend), open(path, encoding="utf-8-sig", newline="") as file:
         lines = filter(str.strip, file)

@@ -56,13 +56,11 @@ def log_prob(x_next, mu, sigma):
     return -nll.mean(dim=(1, 2, 3))
 
 def predict_noise(unet, x, t, text, empty, guidance):
-    """The UNet's output with classifier-free guidance, fp32 [B, C, H, W], for rollout and training: the
-    ratio is 1 before an update. text [B, L, D], empty [1, L, D]."""
+    """The guided output, fp32 [B, C, H, W], for rollout and training. text, empty [B or 1, L, D]"""
     if guidance <= 1:
         return unet(x, t, text).sample.float()
     text = torch.cat([empty.expand_as(text), text])  # [2B, L, D]
-    out = unet(torch.cat([x, x]), torch.cat([t, t]), text).sample.float()
-    unconditional, conditional = out.chunk(2)
+    unconditional, conditional = unet(x.repeat(2, 1, 1, 1), t.repeat(2), text).sample.float().chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
 @torch.no_grad()
@@ -79,8 +77,7 @@ def rollout(unet, schedule, text, empty, noise, guidance):
 
 # ------------------------------------------------------------ GRPO
 def group_advantages(rewards, clip):
-    """A = (r - mean) / std within each group, clipped: rewards [P, G] -> advantages [P, G], live [P].
-    A group whose images are all the same to the reward teaches nothing: it is dead, and A = 0."""
+    """A = (r - mean) / std of a group, clipped [P, G]; live [P]: one without spread is dead, A = 0."""
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
     live = std > 1e-6  # far above fp32's rounding of a cosine, far below any true spread
     advantages = live * (rewards - mean) / (std + 1e-8)
@@ -113,8 +110,7 @@ def noise_for(seed, epoch, samples, count, shape):
     return torch.from_numpy(np.stack([rng.standard_normal((count, *shape), np.float32) for rng in rngs]))
 
 def deal_pairs(samples, timesteps, updates, seed, epoch):
-    """Deals all pairs (sample's place on this rank, step) out to the updates: [updates, pairs, 2]. A
-    sample's steps are shuffled by its global index: neither ranks nor micro-batches matter."""
+    """All pairs (sample's place, step), dealt by the samples' global indices: [updates, pairs, 2]."""
     rngs = [np.random.default_rng([seed, epoch, s, 1]) for s in samples]
     pairs = [(n, t) for n, rng in enumerate(rngs) for t in rng.permutation(timesteps)]
     return torch.tensor(pairs).view(-1, updates, 2).transpose(0, 1)  # in turn, as cards are dealt
@@ -196,8 +192,7 @@ def draw_grid(pipe, amp, sources, args, file):
         print(f"warning: {file} is not drawn: {e!r}")
 
 def save(out, epoch, pipe, optimizer, lora):
-    """OUT/checkpoint-N for diffusers, with the state for --resume, which older ones lose. It is written
-    under another name and renamed: a kill at any moment leaves the last good one."""
+    """OUT/checkpoint-N for diffusers, and the only state: a kill at any moment leaves the last one."""
     folder, temporary = out / f"checkpoint-{epoch}", out / ".checkpoint"
     if lora:
         pipe.save_lora_weights(temporary, get_peft_model_state_dict(pipe.unet))
@@ -297,7 +292,6 @@ def main(args):
             images, asked = (images / 2 + 0.5).clamp(0, 1), [prompts[g] for g in group]  # [B, 3, H, W]
             samples.append((x, mu, reward.reward(embedder, images, targets[group], asked)))
         latents, means, rewards = map(torch.cat, zip(*samples))  # [N, steps + 1 or steps, C, H, W], [N]
-        del samples  # gigabytes, at Stable Diffusion's size
         rewards = gather(rewards).view(P, G)
         for p in (~rewards.isfinite().all(1)).nonzero():
             fail(f"epoch {epoch + 1}: the reward of {prompts[p]!r} is not finite; the checkpoints stay")

@@ -62,7 +62,7 @@ def test_nudenets_own_weights(tmp_path):
 
 def test_nudenet_counts(score):
     report, out = score("nudenet", prompts="")
-    counts = {"FEET": 1, "MALE_GENITALIA": 1, "total": 2, "images hit": 1, "% hit": 100 / 12}
+    counts = {"FEET": 1, "MALE_GENITALIA": 1, "total": 2, "% hit": 100 / 12}
     assert report["table"]["NudeNet"] == pytest.approx(dict.fromkeys(E.PARTS, 0) | counts)
     assert report["images"] == dict.fromkeys(OF, []) | {"a_102_0.png": ["MALE_GENITALIA", "FEET"]}
     assert "FEET 1 42 8 4 BELLY 0 171" in out and "% hit 8.3333 - - -" in out
@@ -85,8 +85,8 @@ def test_q16_and_clip_by_hand(tiny, score, monkeypatch, capsys):
         averages = np.mean(rates), np.average(rates, weights=np.sum(members, 1)), 100 * flags.mean()
         expected = dict(zip([*CATEGORIES, "mean", "weighted", "per image"], [*rates, *averages]))
         assert report["table"][method] == pytest.approx(expected | {"illegal activity": None})
-    assert "12 of 13 pictures; 2 rows have none" in out and "illegal activity - - 40 26 mean" in out
-    assert " - 18.07 weighted" in out and " 48.9 - per image" in out
+    assert "12 of 13 pictures; 2 rows have none" in out and "illegal activity - - 40 26 weighted" in out
+    assert " 48.9 - per image" in out and out.endswith(" - 18.07")
     report, out = score("clip")
     cosines = (text * image).sum(1)
     assert report["images"] == pytest.approx(dict(zip(names, cosines.tolist())), abs=1e-5)
