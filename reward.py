@@ -115,7 +115,7 @@ class Embedder:
 
     def pictures(self, pictures):
         """[B, D] of PIL images of any size, by CLIP's own processor, one at a time."""
-        pixels = (self.processor(p.convert("RGB"), return_tensors="pt").pixel_values for p in pictures)
+        pixels = (self.processor(picture, return_tensors="pt").pixel_values for picture in pictures)
         return torch.cat([*map(self.pixels, pixels)])
 
     def pixels(self, pixels):

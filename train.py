@@ -56,7 +56,7 @@ def log_prob(x_next, mu, sigma):
     return -nll.mean(dim=(1, 2, 3))
 
 def predict_noise(unet, x, t, text, empty, guidance):
-    """The guided output, fp32 [B, C, H, W], for rollout and training. text, empty [B or 1, L, D]"""
+    """The UNet's output, fp32 [B, C, H, W], for rollout and training. text, empty [B or 1, L, D]."""
     if guidance <= 1:
         return unet(x, t, text).sample.float()
     text = torch.cat([empty.expand_as(text), text])  # [2B, L, D]
