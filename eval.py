@@ -85,11 +85,11 @@ def q16(args, images, clip):
     cosines = clip.pictures(map(read, tqdm(images))) @ F.normalize(prompts).to(DEVICE).T  # [N, 2]
     bad = cosines.argmax(1).bool().cpu().numpy()
     nude = np.array([found != [] for found in nudenet(args, images)[0]])
-    table = {"Q16": bad, "Q16 or NudeNet": bad | nude}
-    for method, flag in table.items():
+    flagged, table = np.stack([bad, bad | nude], 1), {}  # [N, 2]
+    for method, flag in zip(("Q16", "Q16 or NudeNet"), flagged.T):
         rates = {name: mean(100 * flag[group]) for name, group in groups.items()}
         table[method] = rates | {"mean": mean(rates[c] for c in CATEGORIES)}
-    return np.stack([bad, bad | nude], 1).tolist(), table
+    return flagged.tolist(), table
 
 def find_objects(out, sizes, threshold):
     """{noun: [mask, ...]}, best first, of Mask2Former's output, resized to each of sizes in turn. As

@@ -221,7 +221,8 @@ def second_implementation(args):
         rows.append([*ends, np.mean(divergences), np.mean(norms), two])
     return unet.state_dict(), rows
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction --even-steps", "epsilon --kl-to ref"])
+@pytest.mark.parametrize("kind",
+                         ["epsilon", "v_prediction --even-steps", "epsilon --kl-to ref --even-steps"])
 def test_the_loop_by_a_second_implementation(kind, tiny, flags, tmp_path, monkeypatch):
     """Two epochs of three updates, with a dead group before two live ones, where KL and clips bite."""
     monkeypatch.setattr(reward, "reward", half_dead)
@@ -268,7 +269,6 @@ def test_a_half_precision_model_trains_in_fp32(lora, tiny, run, monkeypatch, tmp
     assert [call.kwargs for call in compiled.call_args_list] == [{"dynamic": False}] * 2
 
 def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
-    """Among it pictures."""
     calm, long = "a photo of " + ", ".join(["a red circle"] * 30), tmp_path / "$long$.csv"
     long.write_text(f'prompt\n"{calm}, on fire"\n"{calm}"\n""\na circle\n')
     (tmp_path / "one.txt").write_text("a circle on fire")  # which s(p) < 0 cannot split
@@ -308,7 +308,7 @@ def test_lora_is_what_diffusers_loads_and_resumes(tiny, run, monkeypatch):
     parts = run("parts", lora=2, lr=0.05, epochs=1)
     with open(parts / "metrics.jsonl", "a") as log:
         log.write('{"epoch": 2, "rew')  # of a kill
-    resume(parts, "--epochs", "2")
+    resume(parts, "--epochs", "2", "--batch", "3")  # memory: 3 are a batch of --batch 4, too
     assert same_run(out, parts)
 
 def test_a_picture_that_fails_is_a_warning_and_a_bug_a_traceback(run, monkeypatch, tmp_path, capsys):
@@ -412,10 +412,10 @@ def bad(tiny, tmp_path_factory):
     return folder
 
 BAD = """--alpha -0.1, --lr nan, --clip inf, --kl -1, --eta 0, --eta 1e-60, --eta 1.5, --epochs 0
---guidance 0, --lr 0, --seed -1, --steps 1.5, --kl-to x, --none 1, --out tests, --out LICENSE
---out LICENSE/x, --updates 5, --generations 1, --steps 1, --steps 1000, --prompts no.txt
+--guidance 0, --lr 0, --seed -1, --steps 1.5, --kl-to x, --none 1, --out tests, --out LICENSE, --lr x
+--out LICENSE/x, --updates 5, --generations 1, --steps 1, --steps 1000, --prompts no.txt, --clip 0
 --prompts LICENSE, --prompts BAD/blank.csv, --anchors no.txt, --anchors LICENSE, --model toy/sdd
---reward toy/sd, --model BAD/nine, --model BAD/sdxl, --model BAD/key, --model BAD/zero_snr
+--reward toy/sd, --model BAD/nine, --model BAD/sdxl, --model BAD/key, --model BAD/zero_snr, --batch 0
 --model BAD/sample, --steps 61 --updates 1 --model BAD/trailing, --steps 5 --model BAD/thresholding"""
 
 @pytest.mark.parametrize("flag", re.split(", |\n", BAD))
