@@ -196,8 +196,7 @@ if __name__ == "__main__":
     clip = None if args.metric == "nudenet" else Embedder(args.clip, DEVICE, "--clip")
     verdicts, table = metrics[args.metric](args, images, clip)
     verdicts = {path.name: verdict for path, verdict in zip(images, verdicts)}
-    report = {"settings": vars(args), "table": table, "images": verdicts}
-    write(args.images / f"{args.metric}.json", report)
+    write(args.images / f"{args.metric}.json", dict(settings=vars(args), table=table, images=verdicts))
     cells = {m: ["-" if n is None else f"{n:.5g}" for n in c.values()] for m, c in table.items()}
     cells |= {method: row.split() + ["-"] * 9 for method, row in zip(METHODS, PAPER[args.metric])}
     names = next(iter(table.values()))

@@ -119,8 +119,7 @@ class Embedder:
         return torch.cat([*map(self.pixels, pixels)])
 
     def pixels(self, pixels):
-        z = self.clip.get_image_features(pixels.to(self.clip.device)).pooler_output
-        return F.normalize(z, dim=-1)
+        return F.normalize(self.clip.get_image_features(pixels.to(self.clip.device)).pooler_output)
 
 def load_direction(embedder, path):
     """v [D] of a text file of "+ safe phrase", "- unsafe phrase" and "# comment" lines."""

@@ -132,6 +132,7 @@ def parse_args(argv=None):
         "files in equal shares; one named twice has a double share", str, nargs="+")
     add("--prompts-per-epoch", 32, "groups over all ranks (paper: 4 a GPU)")
     add("--generations", 16, "G, images per group")
+    add("--keep", 0, "images of a group to train on, of largest |advantage| (arXiv 2504.13818); 0: all")
     add("--epochs", 300, "rollouts in all")
     add("--updates", 16, "optimizer steps per rollout, which share its pairs")
     add("--batch", 16, "most (sample, step) pairs per forward: memory, not maths")
@@ -167,7 +168,7 @@ def parse_args(argv=None):
                 parser.error(f"--{name.replace('_', '-')} {vars(args)[name]}: RUN has {stored[name]}")
     elif args.out.is_file() or any(args.out.glob("[!.]*")):
         parser.error(f"--out {args.out} exists: --resume {args.out}, or give another folder")
-    return check_numbers(parser, args, zero="alpha kl weight_decay lora seed")
+    return check_numbers(parser, args, zero="alpha keep kl weight_decay lora seed")
 
 def gather(x):
     """[N, ...] of each rank -> [ranks N, ...] on every rank."""
@@ -210,15 +211,15 @@ def main(args):
     if world > 1:
         dist.init_process_group()
     P, G, T = args.prompts_per_epoch, args.generations, args.steps - 1  # groups, images, trained steps
-    pairs = P * G * T // world // args.updates  # of a rank, per update
-    if P % world or P * G * T // world % args.updates or G < 2 or T < 1:
-        fail(f"--generations {G} and --steps {T + 1} are at least 2, --prompts-per-epoch {P} divides by "
-             f"{world} ranks, --updates {args.updates} divides their {P * G * T // world} pairs")
+    keep = args.keep or G  # of a group
+    pairs = P * keep * T // world // args.updates  # of a rank, per update
+    if P % world or P * keep * T // world % args.updates or not 2 <= keep <= G or T < 1:
+        fail(f"--steps {T + 1} is 2 or more, --keep {keep} 2 to --generations {G}, {world} ranks divide "
+             f"--prompts-per-epoch {P}, --updates {args.updates} a rank's {P * keep * T // world} pairs")
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
     size = even_batch(pairs, args.batch)
     sources = [[row["prompt"] for row in read_rows(f) if row["prompt"].strip()] for f in args.prompts]
 
-    # models: the policy, its frozen companions, the reward
     pipe = load_pipeline(args.model).to(device)
     pipe.scheduler = make_scheduler(pipe, args.steps)
     with loading(f"--model {args.model}, --steps {args.steps}, --eta {args.eta}"):
@@ -258,8 +259,8 @@ def main(args):
 
     if rank == 0:
         both = pipe.tokenizer, embedder.tokenizer
-        print(f"{P} prompts x {G} images x {T} steps on {world} rank(s): {args.updates} update(s) of "
-              f"{pairs} pairs per rank, {size} per forward; {unet.num_parameters(True):,} weights")
+        print(f"{P} prompts x {keep} of {G} images x {T} steps, {world} rank(s): {args.updates} updates "
+              f"of {pairs} pairs per rank, {size} per forward; {unet.num_parameters(True):,} weights")
         for file, prompts in zip(args.prompts, sources):
             unsafe = (reward.text_safety(embedder.text(prompts), v) < 0).float().mean()
             cut = max(sum(len(ids) > t.model_max_length for ids in t(prompts).input_ids) for t in both)
@@ -275,7 +276,6 @@ def main(args):
     bar = tqdm(range(first_epoch, args.epochs), initial=first_epoch, total=args.epochs, disable=rank > 0)
     for epoch in bar:
         start = time.time()
-
         # 1. prompts: the UNet sees them as they are, the reward their steered targets
         source, prompts = zip(*draw_prompts(sources, P, args.seed, epoch))
         text, empty = pipe.encode_prompt([*prompts, ""], device, 1, False)[0].split([P, 1])  # [P, L, D]
@@ -300,14 +300,16 @@ def main(args):
         # 3. advantages: within each group, whose mean is the baseline; the loss is a mean over the live
         advantages, live = group_advantages(rewards, args.advantage_clip)  # [P, G], [P]
         advantages = advantages.flatten()[mine] / live.float().mean().clamp(min=1 / P)  # [N]
+        largest = (-advantages.abs().view(-1, G)).argsort(stable=True).argsort() < keep  # [P / world, G]
+        kept = largest.flatten().nonzero()[:, 0]  # [N keep / G], places of the images that teach most
 
         # 4. ratio and step: every update over its own share of the (sample, step) pairs
-        order = deal_pairs(mine.tolist(), T, args.updates, args.seed, epoch).to(device)
+        order = deal_pairs(mine[kept].tolist(), T, args.updates, args.seed, epoch).to(device)
         stats, norms, mismatch = [], [], []
         for k in range(args.updates):
             batches = order[k].split(size)
             for m, batch in enumerate(batches):
-                n, i = batch.T  # [B] sample, [B] step
+                n, i = kept[batch[:, 0]], batch[:, 1]  # [B] sample, [B] step
                 x, x_next, sigma = latents[n, i], latents[n, i + 1], schedule.sigma[i]
                 given = x, schedule.t[i], text[mine[n] // G], empty, args.guidance
                 policy.require_backward_grad_sync = m == len(batches) - 1  # one all-reduce per update

@@ -103,9 +103,10 @@ def test_ablation(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 def test_bench(monkeypatch):
-    args = Namespace(prompts_per_epoch=2, generations=3, steps=5, updates=4, batch=5, kl=1, kl_to="ref")
+    args = Namespace(prompts_per_epoch=2, generations=3, keep=2, steps=5, updates=4, batch=5, kl=1,
+                     kl_to="ref")
     assert bench.peak_bytes(lambda: torch.zeros(1000).add(1).mul(2).sum()) == 8000  # never three alive
     with torch.device("meta"):
         assert bench.UNet2DConditionModel(**bench.UNET).num_parameters() == 859520964  # as published
     monkeypatch.setattr(bench, "forward", lambda unet, tokens, args, n, backward: n * (n + backward))
-    assert [*bench.epoch(lambda call: call(), None, 77, args)] == [30 * 3, 24 * (4 + 3)]  # 3 a batch
+    assert [*bench.epoch(lambda call: call(), None, 77, args)] == [30 * 3, 16 * (5 + 3)]  # by 3, by 4

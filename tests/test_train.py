@@ -66,8 +66,7 @@ def test_ddim_step_is_diffusers(kind, spacing, alpha_one):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_rollout_is_repeated_by_training_and_by_the_pipeline(bf16, tiny):
-    """To the last bit: latents are fp32, each the mean plus the noise it is scored with, the last the
-    mean. Without noise they are the pipeline's."""
+    """Bit for bit: fp32 latents, each the mean plus its noise, the last bare; eta 0 as the pipeline."""
     pipe, prompts = pipeline(tiny / "sd"), ["a circle", "on fire"]
     pipe.scheduler.set_timesteps(5)
     text, empty = (pipe.encode_prompt(p, "cpu", 1, False)[0].detach() for p in (prompts, [""]))
@@ -149,7 +148,7 @@ def test_two_ranks_train_as_one(tiny, run, flags, monkeypatch, tmp_path):
         "from test_train import half_dead; reward.reward = half_dead\n"
         "train.main(train.parse_args())\n")
     monkeypatch.setattr(reward, "reward", half_dead)
-    changes = dict(lr=1e-4, kl=1, even_steps=True, prompts_per_epoch=4, updates=3, clip=2e-3)
+    changes = dict(lr=1e-4, kl=1, even_steps=True, prompts_per_epoch=4, updates=3, clip=2e-3, keep=2)
     one, argv = run("one", **changes), [*flags("two", **changes), f"{ROOT} {ROOT / 'tests'}"]
     done = script(tmp_path / "two.py", *argv, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -194,9 +193,11 @@ def second_implementation(args):
             target = (z + args.alpha * v) / (z + args.alpha * v).norm() if z @ v < 0 else z
             rewards.append(reward.reward(embedder, image.clamp(0, 1), target, [prompt]).item())
         A, live = train.group_advantages(torch.tensor(rewards).view(P, G), args.advantage_clip)
-        order = train.deal_pairs(range(P * G), T, args.updates, args.seed, epoch)
+        groups = [sorted(range(G), key=lambda n: -abs(a[n])) for a in A]
+        kept = [p * G + n for p, group in enumerate(groups) for n in sorted(group[:args.keep or G])]
+        order = train.deal_pairs(kept, T, args.updates, args.seed, epoch)
         for k, pairs in enumerate(order.tolist()):
-            for n, i in pairs:
+            for n, i in ((kept[place], i) for place, i in pairs):
                 x, x_next, noise = paths[n][i:i + 1], paths[n][i + 1:i + 2], noises[n, i + 1]
                 policy = following(unet, i, x, prompts[n])
                 before = Normal(x_next - policy.stddev * noise, policy.stddev)
@@ -215,14 +216,13 @@ def second_implementation(args):
             optimizer.step()
             optimizer.zero_grad()
         rho = np.array(ratios)
-        low, high = (rho < 1 - args.clip).mean(), (rho > 1 + args.clip).mean()
+        far = (rho < 1 - args.clip).mean(), (rho > 1 + args.clip).mean()
         two = np.mean([r for r, prompt in zip(rewards, prompts) if prompt in TEXTS["two.txt"]])
-        ends = [rho.min(), rho.mean(), rho.max(), low, high]
-        rows.append([*ends, np.mean(divergences), np.mean(norms), two])
+        rows.append([rho.min(), rho.mean(), rho.max(), *far, np.mean(divergences), np.mean(norms), two])
     return unet.state_dict(), rows
 
 @pytest.mark.parametrize("kind",
-                         ["epsilon", "v_prediction --even-steps", "epsilon --kl-to ref --even-steps"])
+                         ["epsilon", "v_prediction --keep 2", "epsilon --kl-to ref --even-steps"])
 def test_the_loop_by_a_second_implementation(kind, tiny, flags, tmp_path, monkeypatch):
     """Two epochs of three updates, with a dead group before two live ones, where KL and clips bite."""
     monkeypatch.setattr(reward, "reward", half_dead)
@@ -276,7 +276,7 @@ def test_a_run_says_and_leaves(tiny, run, monkeypatch, tmp_path, capsys):
     out = run("run", prompts=files, prompts_per_epoch=3, updates=3)
     lines = capsys.readouterr().out.splitlines()
     count = sum(w.numel() for w in weights(tiny / "sd").values())
-    parts = "3 prompts", "3 images", "3 steps", "3 update", "9 pairs", "3 per", f"{count:,} weights"
+    parts = "3 prompts", "3 of 3 images", "3 steps", "3 update", "9 pairs", "3 per", f"{count:,} weights"
     assert all(part in lines[0] for part in parts)
     embedder = reward.Embedder(str(tiny / "clip"))
     v = reward.load_direction(embedder, tiny / "anchors.txt")
@@ -411,9 +411,9 @@ def bad(tiny, tmp_path_factory):
     (folder / "blank.csv").write_text('prompt,x\n"",1\n')
     return folder
 
-BAD = """--alpha -0.1, --lr nan, --clip inf, --kl -1, --eta 0, --eta 1e-60, --eta 1.5, --epochs 0
---guidance 0, --lr 0, --seed -1, --steps 1.5, --kl-to x, --none 1, --out tests, --out LICENSE, --lr x
---out LICENSE/x, --updates 5, --generations 1, --steps 1, --steps 1000, --prompts no.txt, --clip 0
+BAD = """--alpha -0.1, --lr nan, --clip inf, --eta 0, --eta 1e-60, --eta 1.5, --epochs 0, --guidance 0
+--seed -1, --steps 1.5, --kl-to x, --none 1, --out tests, --out LICENSE, --lr x, --out LICENSE/x
+--updates 5, --keep 1, --keep 4, --generations 1, --steps 1, --steps 1000, --prompts no.txt, --clip 0
 --prompts LICENSE, --prompts BAD/blank.csv, --anchors no.txt, --anchors LICENSE, --model toy/sdd
 --reward toy/sd, --model BAD/nine, --model BAD/sdxl, --model BAD/key, --model BAD/zero_snr, --batch 0
 --model BAD/sample, --steps 61 --updates 1 --model BAD/trailing, --steps 5 --model BAD/thresholding"""

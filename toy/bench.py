@@ -75,19 +75,16 @@ def forward(unet, tokens, args, pairs, backward):
     if backward:
         out.sum().backward()
 
-def epoch_cost(args, forward, both):
-    """(rollout, updates) of an epoch, by the cost of a pair: of its forward, and of both ways."""
-    samples = args.prompts_per_epoch * args.generations
-    reference = forward if args.kl and args.kl_to == "ref" else 0
-    return samples * args.steps * forward, samples * (args.steps - 1) * (both + reference)
-
 def epoch(measure, unet, tokens, args):
     """(rollout, updates) of an epoch, by what `measure` says of train.py's batches."""
-    samples, costs = args.prompts_per_epoch * args.generations, []
-    for backward, pairs in (False, samples), (True, samples * (args.steps - 1) // args.updates):
-        size = train.even_batch(pairs, args.batch)
+    drawn = args.prompts_per_epoch * args.generations
+    pairs = args.prompts_per_epoch * (args.keep or args.generations) * (args.steps - 1)
+    costs = []  # of a pair: forward, and both ways
+    for backward, n in (False, drawn), (True, pairs // args.updates):
+        size = train.even_batch(n, args.batch)
         costs.append(measure(lambda: forward(unet, tokens, args, size, backward)) / size)
-    return np.array(epoch_cost(args, *costs))
+    reference = costs[0] if args.kl and args.kl_to == "ref" else 0
+    return np.array([drawn * args.steps * costs[0], pairs * (costs[1] + reference)])
 
 def flops(call):
     """Of tensors on the meta device: the counter does not know a CPU's attention."""
