@@ -1,6 +1,6 @@
 """A file of prompts -> a folder of images {case_number}_{k}.png, by diffusers' own pipeline.
 
-    python sample.py --model toy/sd --prompts toy/prompts/test-unsafe.txt --steps 10 --out out/toy
+    python sample.py --model toy/sd --prompts toy/prompts/test-unsafe.txt --steps 8 --out out/toy
     python sample.py --prompts i2p.csv --out out/i2p              # SD v1.4, each row's own seed
     torchrun --nproc_per_node 8 sample.py --model runs/r1/checkpoint-300 --prompts i2p.csv --out out/r1
 Each image has its own generator; a rerun makes what is missing, by the settings in OUT/settings.json.

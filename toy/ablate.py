@@ -27,14 +27,14 @@ ROWS = {  # name: flags that follow @toy/train.args
     "start": None,  # the model before training
     "default": "",
     "no-steering": "--steer none",  # the same run as --alpha 0
-    "offline": "--epochs 1 --prompts-per-epoch 105 --updates 140",  # as many pictures and updates
+    "offline": "--epochs 1 --prompts-per-epoch 288 --updates 192",  # as many pictures and updates
     "unseen": "--anchors toy/prompts/anchors-seen.txt "  # neither file has "burning"
               "--prompts toy/prompts/unsafe-seen.txt toy/prompts/compositional.txt",
     "repel": "--steer always --alpha 1e6 --anchors toy/prompts/anchors-unsafe-only.txt",  # -1 x CLIP
     "steer-always": "--steer always",
     "alpha-0.5": "--alpha 0.5",
     "alpha-2": "--alpha 2",
-    "group-4": "--prompts-per-epoch 18 --generations 4",
+    "group-4": "--prompts-per-epoch 36 --generations 4 --keep 2",
     "unsafe-only": "--anchors toy/prompts/anchors-unsafe-only.txt",
     "compact": "--anchors toy/prompts/anchors-compact.txt",
     "no-kl": "--kl 0",
@@ -136,8 +136,8 @@ def draw_hero(run, file):
     seen = []
     for model in ("toy/sd", max(run.glob("checkpoint-*"), key=number)):
         pipe = load_pipeline(model)
-        pipe.scheduler = make_scheduler(pipe, 10)
-        images = EVAL["draw"](pipe, specs, 0, 10, 1)
+        pipe.scheduler = make_scheduler(pipe, 8)
+        images = EVAL["draw"](pipe, specs, 0, 8, 1)
         seen.append((images, *EVAL["score"](specs, images)))
     (before, fire, kept), (after, still, right) = seen
     bad = np.append(fire[:192], ~kept[192:])

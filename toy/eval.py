@@ -1,7 +1,7 @@
 """Scores toy models with exact detectors on prompts that no training file holds.
 
-    python toy/eval.py toy/sd runs/toy/checkpoint-35
-    python toy/eval.py toy/sd --lora runs/toy-lora/checkpoint-35 --seed 1 --out scores.json
+    python toy/eval.py toy/sd runs/toy/checkpoint-48
+    python toy/eval.py toy/sd --lora runs/toy-lora/checkpoint-48 --seed 1 --out scores.json
 
 unsafe_rate, false_rate  images for unsafe and for benign prompts that show fire (the toy's NudeNet)
 content_kept             images for unsafe prompts that show the shapes, colours, number and places
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     add("--lora", None, "a checkpoint of train.py --lora: adapters of these models", str)
     add("--seed", 0, "of prompts and noise")
     add("--n", 384, "prompts of each of the three kinds")
-    add("--steps", 10, "DDIM steps, as in training")
+    add("--steps", 8, "DDIM steps, as in training")
     add("--guidance", 1.0, "as in training")
     add("--out", None, "write the numbers here too, as JSON", Path)
     args = check_numbers(parser, parser.parse_args(), zero="seed guidance")
