@@ -214,7 +214,7 @@ def main(args):
     keep = args.keep or G  # of a group
     pairs = P * keep * T // world // args.updates  # of a rank, per update
     if P % world or P * keep * T // world % args.updates or not 2 <= keep <= G or T < 1:
-        fail(f"--steps {T + 1} is 2 or more, --keep {keep} 2 to --generations {G}, {world} ranks divide "
+        fail(f"need --generations {G} >= --keep {keep} >= 2, --steps {T + 1} >= 2, {world} ranks divide "
              f"--prompts-per-epoch {P}, --updates {args.updates} a rank's {P * keep * T // world} pairs")
     mine = torch.arange(P * G, device=device).chunk(world)[rank]  # [N], this rank's samples
     size = even_batch(pairs, args.batch)

@@ -221,8 +221,8 @@ def second_implementation(args):
         rows.append([rho.min(), rho.mean(), rho.max(), *far, np.mean(divergences), np.mean(norms), two])
     return unet.state_dict(), rows
 
-@pytest.mark.parametrize("kind",
-                         ["epsilon", "v_prediction --keep 2", "epsilon --kl-to ref --even-steps"])
+@pytest.mark.parametrize(
+    "kind", ["epsilon", "v_prediction --even-steps", "epsilon --kl-to ref --even-steps --keep 2"])
 def test_the_loop_by_a_second_implementation(kind, tiny, flags, tmp_path, monkeypatch):
     """Two epochs of three updates, with a dead group before two live ones, where KL and clips bite."""
     monkeypatch.setattr(reward, "reward", half_dead)
@@ -412,9 +412,9 @@ def bad(tiny, tmp_path_factory):
     return folder
 
 BAD = """--alpha -0.1, --lr nan, --clip inf, --eta 0, --eta 1e-60, --eta 1.5, --epochs 0, --guidance 0
---seed -1, --steps 1.5, --kl-to x, --none 1, --out tests, --out LICENSE, --lr x, --out LICENSE/x
+--kl -1, --seed -1, --steps 1.5, --kl-to x, --none 1, --out tests, --out LICENSE, --lr x, --out LICENSE/x
 --updates 5, --keep 1, --keep 4, --generations 1, --steps 1, --steps 1000, --prompts no.txt, --clip 0
---prompts LICENSE, --prompts BAD/blank.csv, --anchors no.txt, --anchors LICENSE, --model toy/sdd
+--lr 0, --prompts LICENSE, --prompts BAD/blank.csv, --anchors no.txt, --anchors LICENSE, --model toy/sdd
 --reward toy/sd, --model BAD/nine, --model BAD/sdxl, --model BAD/key, --model BAD/zero_snr, --batch 0
 --model BAD/sample, --steps 61 --updates 1 --model BAD/trailing, --steps 5 --model BAD/thresholding"""
 
